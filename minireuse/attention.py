@@ -1,0 +1,164 @@
+"""Attention that can keep its map or use a kept one, and the transformer blocks around it.
+
+Modules are named as in diffusers' checkpoints (`models/attention.py`, `models/transformers/transformer_2d.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from minireuse.reuse import PLAIN, ReuseCache, Site, StepPlan
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v in one kernel: no map is ever written out.
+
+    Shapes: q (B, K, N, d), k and v (B, K, M, d) -> (B, K, N, d).
+    """
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def attention_probs(q: Tensor, k: Tensor) -> Tensor:
+    """The attention map softmax(q k^T / sqrt(d)), in float32 whatever the inputs are.
+
+    Shapes: q (B, K, N, d), k (B, K, M, d) -> (B, K, N, M).
+    Source: Vaswani et al. 2017 equation 1.
+    """
+    # Scaling q rather than the scores keeps half-precision scores in range.
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return scores.softmax(dim=-1, dtype=torch.float32)
+
+
+class Attention(nn.Module):
+    """Multi-head attention over `context`, or over its own input where there is none."""
+
+    def __init__(self, width: int, context_width: int, heads: int) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_width, width, bias=False)
+        self.to_v = nn.Linear(context_width, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.heads = heads
+        self.address = ""  # the module's own path, given by the U-Net that it is part of
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        step: StepPlan = PLAIN,
+        cache: ReuseCache | None = None,
+    ) -> Tensor:
+        """Shapes: x (B, N, D), context (B, M, D') -> (B, N, D)."""
+        context = x if context is None else context
+        site = Site(self.address, "map")
+        v = self._split(self.to_v(context))  # (B, K, M, d)
+        if cache is not None and site in step.reuse:
+            shape = (x.shape[0], self.heads, x.shape[1], context.shape[1])
+            y = cache.load(site, shape, step, like=v) @ v
+        else:
+            q, k = self._split(self.to_q(x)), self._split(self.to_k(context))
+            if cache is not None and site in step.store:
+                probs = attention_probs(q, k)
+                cache.store(site, probs, step, dtype=v.dtype)
+                y = probs.to(v.dtype) @ v
+            elif step.explicit:
+                y = attention_probs(q, k).to(v.dtype) @ v
+            else:
+                y = fused_attention(q, k, v)
+        return self.to_out[0](rearrange(y, "b k n d -> b n (k d)"))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (k d) -> b k n d", k=self.heads)
+
+
+class GEGLU(nn.Module):
+    """A gated linear unit with GELU as its gate (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # Index 1 is the dropout of diffusers' list: it has no weights, but the last layer is number 2 in every file.
+        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and a feed-forward layer, each normalised before and added after."""
+
+    def __init__(self, width: int, context_width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, context_width, heads)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, context: Tensor, step: StepPlan, cache: ReuseCache | None) -> Tensor:
+        """Shapes: x (B, N, D), context (B, M, D') -> (B, N, D)."""
+        x = x + _attend(self.attn1, self.norm1, x, None, step, cache)
+        x = x + _attend(self.attn2, self.norm2, x, context, step, cache)
+        return x + self.ff(self.norm3(x))
+
+
+def _attend(
+    attention: Attention,
+    norm: nn.LayerNorm,
+    x: Tensor,
+    context: Tensor | None,
+    step: StepPlan,
+    cache: ReuseCache | None,
+) -> Tensor:
+    """The attention's output, or (kind `out`) the kept one: then nothing of the layer runs, its norm included."""
+    site = Site(attention.address, "out")
+    if cache is not None and site in step.reuse:
+        return cache.load(site, x.shape, step, like=x)
+    y: Tensor = attention(norm(x), context, step, cache)
+    if cache is not None and site in step.store:
+        cache.store(site, y, step, dtype=x.dtype)
+    return y
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the positions of a feature map, inside a residual."""
+
+    def __init__(self, channels: int, context_width: int, heads: int, *, groups: int, linear: bool) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # 1e-6 here, unlike the U-Net's other norms
+        # SD 1.x projects with 1x1 convolutions, SD 2.x with linear layers: same values, weights of another shape.
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_width, heads)])
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.linear = linear
+
+    def forward(self, x: Tensor, context: Tensor, step: StepPlan, cache: ReuseCache | None) -> Tensor:
+        """Shapes: x (B, C, H, W), context (B, M, D') -> (B, C, H, W)."""
+        height = x.shape[2]
+        y = self.norm(x)
+        if self.linear:
+            y = self.proj_in(rearrange(y, "b c h w -> b (h w) c"))
+        else:
+            y = rearrange(self.proj_in(y), "b c h w -> b (h w) c")
+        for block in self.transformer_blocks:
+            y = block(y, context, step, cache)
+        if self.linear:
+            y = rearrange(self.proj_out(y), "b (h w) c -> b c h w", h=height)
+        else:
+            y = self.proj_out(rearrange(y, "b (h w) c -> b c h w", h=height))
+        return x + y

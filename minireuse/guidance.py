@@ -1,0 +1,53 @@
+"""From the U-Net to the `denoise` callable a sampler is given: guidance, prediction type and the plan look-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from minireuse.reuse import ReuseCache, ReusePlan
+from minireuse.schedule import Schedule
+from minireuse.unet import UNet
+
+
+def guided_denoise(
+    unet: UNet,
+    context: Tensor,
+    schedule: Schedule,
+    plan: ReusePlan,
+    cache: ReuseCache,
+    *,
+    guidance_scale: float = 7.5,
+    attention: str = "fused",
+) -> Callable[[Tensor, float, int], Tensor]:
+    """`denoise(x, t, call) -> eps` with classifier-free guidance, following `plan`.
+
+    The unconditional half comes first in the batch: the order is part of what a cached tensor means.
+
+    Shapes: context (2B, M, D), unconditional first, or (B, M, D) at guidance scale 1 (off); x (B, 4, h, w).
+    Source: Ho & Salimans, arXiv 2207.12598 equation 6, in the parametrisation where 1 is no guidance.
+    """
+    steps = [
+        replace(step, guided=step.guided and guidance_scale != 1, explicit=attention == "explicit")
+        for step in map(plan.step, range(plan.calls))
+    ]
+
+    def denoise(x: Tensor, t: float, call: int) -> Tensor:
+        step = steps[call]
+        # The solver's state stays in float32 whatever precision the model computes in.
+        latents = x.to(context.dtype)
+        if step.guided:
+            halves = unet(torch.cat([latents, latents]), t, context, step, cache).to(x.dtype)
+            unconditional, conditional = halves.chunk(2)
+            output = unconditional + guidance_scale * (conditional - unconditional)
+        else:
+            output = unet(latents, t, context[-len(x) :], step, cache).to(x.dtype)
+        if schedule.prediction_type == "epsilon":
+            return output
+        # v = alpha eps - sigma x_0 and x = alpha x_0 + sigma eps give eps (arXiv 2202.00512, appendix D).
+        return schedule.alpha(t) * output + schedule.sigma(t) * x
+
+    return denoise

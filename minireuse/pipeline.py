@@ -1,0 +1,283 @@
+"""Prompts to images: `load` a model, `Pipeline.generate` pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minireuse import checkpoint
+from minireuse.config import PREDICTION_TYPES
+from minireuse.guidance import guided_denoise
+from minireuse.reuse import PlanError, ReuseCache, ReusePlan, Site
+from minireuse.samplers import SAMPLERS, Sampler, Step, count_calls
+from minireuse.schedule import Schedule
+from minireuse.text import TextEncoder
+from minireuse.unet import UNet
+from minireuse.vae import VAE
+
+ATTENTIONS = ("fused", "explicit")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one generation gave.
+
+    Shapes: images (B, H, W, 3) uint8; latents (B, 4, h, w) float32.
+    Units: seconds of the sampling loop alone; calls of the U-Net, for the whole batch.
+    """
+
+    images: np.ndarray
+    latents: Tensor
+    seconds: float
+    calls: int
+    cache_peak_bytes: int
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    prediction_type: str | None = None,
+    tokenizer: str | Path | None = None,
+) -> Pipeline:
+    """Load a model: None is the one shipped with the package, a folder is in diffusers' layout, a file in LDM's.
+
+    device: auto takes cuda, then mps, then cpu. dtype: auto is float16 on cuda, else float32.
+    prediction_type: epsilon or v_prediction, where the checkpoint does not tell or tells wrongly.
+    tokenizer: a folder or hub name, for single files, which carry none.
+
+    Raises: ValueError with one sentence that says what is wrong with the checkpoint or an argument.
+    """
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise ValueError(f"prediction_type is {prediction_type!r}, expected one of {', '.join(PREDICTION_TYPES)}")
+    place = _device(device)
+    precision = _dtype(dtype, place)
+    parts = checkpoint.load_parts(Path(path or shipped_model()), precision, prediction_type, tokenizer)
+    # Convolutions are faster with channels last on CUDA's tensor cores and in oneDNN.
+    unet = parts.unet.to(place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae = parts.vae.to(place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    text = parts.text.to(place, dtype=precision)
+    for module in (unet, vae, text):
+        module.eval().requires_grad_(False)
+    return Pipeline(unet, vae, text, Schedule.from_config(parts.schedule))
+
+
+def shipped_model() -> Path:
+    """The folder of the model that comes with the package: inside it when installed, beside it in a checkout."""
+    inside = Path(__file__).parent / "weights"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "weights"
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):  # torch built without CUDA asserts
+        raise ValueError(f"device {name!r} is not available here; use auto, cpu, cuda or mps") from None
+    return device
+
+
+def _dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    dtype = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype is {name!r}, expected auto, float32, float16 or bfloat16")
+    return dtype
+
+
+@dataclass
+class Pipeline:
+    """The parts of a text-to-image model, usable one by one, and the loop that joins them."""
+
+    unet: UNet
+    vae: VAE
+    text: TextEncoder
+    schedule: Schedule
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every reusable tensor of the U-Net."""
+        return self.unet.sites
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.conv_in.weight.dtype
+
+    def timesteps(self, steps: int, strength: float | None = None) -> list[int]:
+        """The timesteps a run visits: all, or with an initial image the last `strength` of them.
+
+        Raises: ValueError.
+        """
+        timesteps = self.schedule.timesteps(steps)
+        if strength is None:
+            return timesteps
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength is {strength}, expected above 0 (keep the image) to 1 (ignore it)")
+        return timesteps[-max(1, round(steps * strength)) :]
+
+    def calls(self, sampler: str, steps: int, strength: float | None = None) -> int:
+        """The number of U-Net calls of a run, which a plan has to match."""
+        return count_calls(_sampler(sampler), self.schedule, self.timesteps(steps, strength))
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        negative_prompts: str | Sequence[str] | None = None,
+        steps: int = 20,
+        sampler: str = "ddim",
+        guidance_scale: float = 7.5,
+        seeds: int | Sequence[int] = 0,
+        height: int | None = None,
+        width: int | None = None,
+        plan: ReusePlan | None = None,
+        latents: Tensor | None = None,
+        init_images: Tensor | None = None,
+        strength: float = 0.8,
+        eta: float = 0.0,
+        cache: ReuseCache | None = None,
+        attention: str = "fused",
+        on_step: Callable[[Step], object] | None = None,
+    ) -> Result:
+        """Generate one batch of images: a prompt and a seed each, either of them given once for all.
+
+        height, width: pixels; None is what the model was trained at. latents: initial noise instead of the seeds'.
+        init_images: (B, 3, H, W) in -1 ... 1, taken `strength` of the way to noise and denoised from there.
+        eta: noise added by ddim (0 none, 1 as much as DDPM); samplers that are stochastic by name always use 1.
+        cache: where reused tensors are kept; None makes one in float16. attention: "explicit" writes every map out.
+
+        Raises: ValueError with one sentence for an argument that does not fit; PlanError for a plan that does not.
+        """
+        solver = _sampler(sampler)
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention is {attention!r}, expected one of {', '.join(ATTENTIONS)}")
+        timesteps = self.timesteps(steps, None if init_images is None else strength)
+        calls = count_calls(solver, self.schedule, timesteps)
+        plan = ReusePlan.nothing(calls) if plan is None else plan
+        plan.check_calls(calls, sampler)
+        if unknown := set(plan.sites) - set(self.sites):
+            raise PlanError(
+                f"the plan names {sorted(unknown)[0]} and {len(unknown) - 1} more sites that this model lacks; "
+                "build the plan from this model's sites"
+            )
+        cache = ReuseCache() if cache is None else cache
+        if len(cache):
+            raise ValueError("the cache still holds tensors of another run; pass a new one or call its clear()")
+
+        prompts, seeds, negatives = _batch(prompts, seeds, negative_prompts)
+        guided = guidance_scale != 1
+        context = self.text.encode([*negatives, *prompts] if guided else prompts)
+        # One generator per image, on the CPU: an image depends on its own seed alone, on every device and in any batch.
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        x = self._start(generators, (height, width), latents, init_images, timesteps[0])
+        denoise = guided_denoise(
+            self.unet,
+            context,
+            self.schedule,
+            plan,
+            cache,
+            guidance_scale=guidance_scale,
+            attention=attention,
+        )
+        options = {"eta": eta} if sampler == "ddim" else {}
+
+        self._synchronize()
+        started = time.perf_counter()
+        noise = lambda like: _noise(generators, like.shape[1:]).to(like)  # noqa: E731
+        for step in solver(denoise, x, self.schedule, timesteps, noise=noise, **options):
+            x = step.x
+            if on_step is not None:
+                on_step(step)
+        self._synchronize()
+        seconds = time.perf_counter() - started
+
+        if not torch.isfinite(x).all():
+            raise ValueError(f"sampling in {self.dtype} gave NaN or inf; try dtype float32")
+        return Result(self._to_images(x), x, seconds, calls, cache.peak_nbytes)
+
+    def _start(
+        self,
+        generators: list[torch.Generator],
+        size: tuple[int | None, int | None],
+        latents: Tensor | None,
+        init_images: Tensor | None,
+        t: float,
+    ) -> Tensor:
+        """The latents the sampler starts from. Shapes: -> (B, 4, h, w) float32."""
+        factor, config = self.vae.config.factor, self.unet.config
+        if init_images is not None:
+            size = (init_images.shape[-2], init_images.shape[-1])
+        shape = [config.in_channels]
+        for name, pixels in zip(("height", "width"), size, strict=True):
+            pixels = config.sample_size * factor if pixels is None else pixels
+            unit = factor * config.divisor
+            if pixels < unit or pixels % unit:
+                near = max(unit, pixels // unit * unit)
+                raise ValueError(f"{name} is {pixels}, expected a multiple of {unit} such as {near} or {near + unit}")
+            shape.append(pixels // factor)
+        if latents is not None and tuple(latents.shape) != (len(generators), *shape):
+            expected = (len(generators), *shape)
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}, expected {expected} for these prompts and size"
+            )
+        noise = _noise(generators, shape) if latents is None else latents
+        noise = noise.to(self.device, torch.float32)
+        if init_images is None:
+            return noise
+        clean = self.vae.encode(init_images.to(self.device, self.dtype)).float()
+        return self.schedule.alpha(t) * clean + self.schedule.sigma(t) * noise
+
+    def _to_images(self, latents: Tensor) -> np.ndarray:
+        """Decode one image at a time, so that memory does not grow with the batch."""
+        pixels = torch.cat([self.vae.decode(z[None].to(self.dtype)).float() for z in latents])
+        if not torch.isfinite(pixels).all():
+            raise ValueError(f"the VAE gave NaN or inf in {self.dtype}; try dtype float32 or bfloat16")
+        images = pixels.clamp(-1, 1).add(1).mul(127.5).round().to("cpu", torch.uint8)
+        return images.permute(0, 2, 3, 1).numpy()
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _sampler(name: str) -> Sampler:
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler is {name!r}, expected one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
+
+
+def _noise(generators: list[torch.Generator], shape: Sequence[int]) -> Tensor:
+    """Standard normal noise, each image's from its own generator. Shapes: -> (B, *shape), on the CPU."""
+    return torch.stack([torch.randn(*shape, generator=g) for g in generators])
+
+
+def _batch(
+    prompts: str | Sequence[str], seeds: int | Sequence[int], negatives: str | Sequence[str] | None
+) -> tuple[list[str], list[int], list[str]]:
+    """Prompts, seeds and negative prompts, each repeated to the batch where only one is given."""
+    columns: dict[str, list] = {
+        "prompts": [prompts] if isinstance(prompts, str) else list(prompts),
+        "seeds": [seeds] if isinstance(seeds, int) else list(seeds),
+        "negative_prompts": [negatives or ""] if negatives is None or isinstance(negatives, str) else list(negatives),
+    }
+    size = max(map(len, columns.values()))
+    for name, values in columns.items():
+        if len(values) not in (1, size) or not values:
+            raise ValueError(f"{name} has {len(values)} entries for a batch of {size}, expected 1 or {size}")
+    full = [values * size if len(values) == 1 else values for values in columns.values()]
+    return full[0], full[1], full[2]

@@ -1,0 +1,76 @@
+"""Plan builders: which of the sampler's U-Net calls reuse. Every policy is a function of (calls, sites).
+
+HURRY and PHAST are the paper's (arXiv 2401.01008); `early`, `interval` and `random` are controls.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from minireuse.reuse import PlanError, ReusePlan, Site
+
+Policy = Callable[..., ReusePlan]
+
+
+def none(calls: int, sites: Iterable[Site]) -> ReusePlan:
+    """Reuse nothing: the full sampler."""
+    return _stepwise(calls, sites, ())
+
+
+def hurry(calls: int, sites: Iterable[Site], *, k: int | None = None) -> ReusePlan:
+    """HURRY: the last k calls reuse, since late reuse distorts the image least."""
+    k = _reuse_count(calls, k)
+    return _stepwise(calls, sites, range(calls - k, calls))
+
+
+def phast(calls: int, sites: Iterable[Site], *, k: int | None = None) -> ReusePlan:
+    """PHAST: a plan found by search around HURRY. No searched plan ships yet, so this warns and gives HURRY."""
+    warnings.warn("no searched plan for this setting; policy phast falls back to hurry", stacklevel=2)
+    return hurry(calls, sites, k=k)
+
+
+def early(calls: int, sites: Iterable[Site], *, k: int | None = None) -> ReusePlan:
+    """The mirror image of HURRY, as a control: the k calls after the first reuse."""
+    k = _reuse_count(calls, k)
+    return _stepwise(calls, sites, range(1, 1 + k))
+
+
+def interval(calls: int, sites: Iterable[Site], *, k: int | None = None) -> ReusePlan:
+    """Evenly spread: the calls - k computing calls are as far apart as they can be; every other call at k = half."""
+    k = _reuse_count(calls, k)
+    computed = {i * calls // (calls - k) for i in range(calls - k)}
+    return _stepwise(calls, sites, set(range(calls)) - computed)
+
+
+def random(calls: int, sites: Iterable[Site], *, k: int | None = None, seed: int = 0) -> ReusePlan:
+    """k calls drawn at random, never the first, as a control."""
+    k = _reuse_count(calls, k)
+    chosen = np.random.default_rng(seed).choice(np.arange(1, calls), size=k, replace=False) if k else ()
+    return _stepwise(calls, sites, chosen)
+
+
+POLICIES: dict[str, Policy] = {f.__name__: f for f in (none, hurry, phast, early, interval, random)}
+
+
+def select(sites: Iterable[Site], which: str = "both", kind: str = "map") -> tuple[Site, ...]:
+    """The sites of one kind, in self attention, cross attention or both."""
+    wanted = {"self": (False,), "cross": (True,), "both": (False, True)}
+    if which not in wanted:
+        raise PlanError(f"sites is {which!r}, expected self, cross or both")
+    return tuple(s for s in sites if s.kind == kind and s.is_cross in wanted[which])
+
+
+def _reuse_count(calls: int, k: int | None) -> int:
+    k = calls // 2 if k is None else k
+    if not 0 <= k < calls:
+        raise PlanError(f"k is {k} reuse calls of {calls}, expected 0 to {calls - 1}: the first call has to compute")
+    return k
+
+
+def _stepwise(calls: int, sites: Iterable[Site], reusing: Iterable[int]) -> ReusePlan:
+    reuse = np.zeros(calls, dtype=bool)
+    reuse[list(reusing)] = True
+    return ReusePlan.stepwise(reuse, sites)

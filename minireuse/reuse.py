@@ -1,0 +1,293 @@
+"""The whole reuse mechanism, without a model: what can be reused, when, and where it is kept meanwhile.
+
+A `ReusePlan` is known before sampling starts. For each U-Net call it gives a `StepPlan`, which travels down the
+U-Net's `forward` together with a `ReuseCache` that the caller owns. Modules look their own `Site` up in the step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KINDS = ("map", "out")
+
+
+class PlanError(ValueError):
+    """A plan that makes no sense, or does not fit the run it is used for."""
+
+
+class CacheError(RuntimeError):
+    """A cached tensor is missing, or was written for another run than the one that reads it."""
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """One reusable tensor of the U-Net: the path of the module that makes it, and which of its tensors it is.
+
+    Kinds: `map` is the probabilities after the softmax, `out` the attention's output before the residual.
+    """
+
+    address: str
+    kind: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise PlanError(f"site kind is {self.kind!r}, expected one of {', '.join(KINDS)}")
+
+    @property
+    def is_cross(self) -> bool:
+        """Whether it belongs to cross attention (diffusers' `attn2`) rather than self attention (`attn1`)."""
+        return self.address.endswith("attn2")
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one U-Net call does: the sites it reuses, those it stores, and those it reads for the last time."""
+
+    reuse: frozenset[Site] = frozenset()
+    store: frozenset[Site] = frozenset()
+    last: frozenset[Site] = frozenset()
+    guided: bool = True  # False: only the conditional half is computed at this call
+    explicit: bool = False  # write every attention map out even where it is not stored (the unfused baseline)
+
+
+PLAIN = StepPlan()  # an ordinary U-Net call
+
+
+@dataclass(frozen=True, eq=False)
+class ReusePlan:
+    """Which sites reuse at which calls: a boolean matrix, True = use again what this site last computed.
+
+    Shapes: mask (S, L), read-only; guided (S,), all True unless given.
+    Raises: PlanError for a mask of another shape, a reuse in call 0, or a repeated site.
+    """
+
+    mask: np.ndarray
+    sites: tuple[Site, ...]
+    guided: tuple[bool, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        mask = np.array(self.mask, dtype=bool)  # a copy: the plan's matrix must not change under it
+        sites = tuple(self.sites)
+        if mask.ndim != 2 or mask.shape[0] < 1 or mask.shape[1] != len(sites):
+            raise PlanError(f"plan mask has shape {mask.shape}, expected (calls, sites) with {len(sites)} sites")
+        if mask[0].any():
+            raise PlanError("plan reuses in call 0, where nothing has been computed yet; row 0 must be all False")
+        if len(set(sites)) != len(sites):
+            raise PlanError("plan names a site twice; each site may have one column")
+        guided = tuple(bool(g) for g in self.guided) or (True,) * len(mask)
+        if len(guided) != len(mask):
+            raise PlanError(f"plan says for {len(guided)} calls whether they are guided, expected {len(mask)}")
+        mask.setflags(write=False)
+        object.__setattr__(self, "mask", mask)
+        object.__setattr__(self, "sites", sites)
+        object.__setattr__(self, "guided", guided)
+
+    @classmethod
+    def stepwise(cls, reuse: Sequence[bool] | np.ndarray, sites: Iterable[Site]) -> ReusePlan:
+        """The paper's kind of plan: at each call all sites reuse, or none."""
+        sites = tuple(sites)
+        return cls(np.repeat(np.array(reuse, dtype=bool)[:, None], len(sites), axis=1), sites)
+
+    @classmethod
+    def nothing(cls, calls: int) -> ReusePlan:
+        """The full sampler: no site, no reuse."""
+        return cls(np.zeros((calls, 0), dtype=bool), ())
+
+    @property
+    def calls(self) -> int:
+        """The number of U-Net calls, S."""
+        return len(self.mask)
+
+    @property
+    def reused(self) -> int:
+        """The number of calls in which at least one site reuses."""
+        return int(self.mask.any(axis=1).sum())
+
+    @cached_property
+    def _uses(self) -> tuple[np.ndarray, np.ndarray]:
+        """Per call and site: is the cached tensor read, and is the tensor computed? Neither where it is shadowed.
+
+        Where an attention's output is reused its map is neither read nor computed, whatever the map's column says.
+        """
+        out_reused = {s.address: column for s, column in zip(self.sites, self.mask.T, strict=True) if s.kind == "out"}
+        nowhere = np.zeros(self.calls, dtype=bool)
+        shadowed = [out_reused.get(s.address, nowhere) if s.kind == "map" else nowhere for s in self.sites]
+        free = ~np.array(shadowed, dtype=bool).reshape(len(self.sites), self.calls).T
+        return self.mask & free, ~self.mask & free
+
+    @cached_property
+    def _steps(self) -> tuple[StepPlan, ...]:
+        read, computed = self._uses
+        reuse: list[set[Site]] = [set() for _ in range(self.calls)]
+        store: list[set[Site]] = [set() for _ in range(self.calls)]
+        last: list[set[Site]] = [set() for _ in range(self.calls)]
+        for column, site in enumerate(self.sites):
+            read_next = False  # going backwards: is the value as it stands after this call read later on?
+            for call in reversed(range(self.calls)):
+                if read[call, column]:
+                    reuse[call].add(site)
+                    if not read_next:
+                        last[call].add(site)
+                    read_next = True
+                elif computed[call, column]:
+                    if read_next:
+                        store[call].add(site)
+                    read_next = False
+        return tuple(
+            StepPlan(frozenset(r), frozenset(s), frozenset(e), g)
+            for r, s, e, g in zip(reuse, store, last, self.guided, strict=True)
+        )
+
+    def step(self, call: int) -> StepPlan:
+        """What to do at one call. A site stores only if a later call reads that value."""
+        return self._steps[call]
+
+    def check_calls(self, calls: int, sampler: str) -> None:
+        """Raises: PlanError where the plan was made for another number of calls than the sampler makes."""
+        if self.calls != calls:
+            raise PlanError(
+                f"the plan is for {self.calls} U-Net calls but sampler {sampler} makes {calls}; "
+                "build the plan for the number of calls, which for some samplers is not the number of steps"
+            )
+
+    @property
+    def grid(self) -> str | None:
+        """One '.' (compute) or '#' (reuse) per call where all sites agree, else None."""
+        if not len(self.sites):
+            return "." * self.calls
+        return _draw(self.mask[:, 0]) if (self.mask == self.mask[:, :1]).all() else None
+
+    def __str__(self) -> str:
+        if self.grid is not None:
+            return self.grid
+        return "\n".join(f"{_draw(c)} {s.kind:4} {s.address}" for c, s in zip(self.mask.T, self.sites, strict=True))
+
+    def _key(self) -> tuple[Any, ...]:
+        columns = {s: c.tobytes() for s, c in zip(self.sites, self.mask.T, strict=True) if c.any()}
+        return self.calls, frozenset(columns.items()), self.guided
+
+    def __eq__(self, other: object) -> bool:
+        """Equal plans do the same: columns without reuse and the order of sites do not count."""
+        return self._key() == other._key() if isinstance(other, ReusePlan) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __or__(self, other: ReusePlan) -> ReusePlan:
+        """Reuse wherever either plan does; a call is guided only if it is in both. Raises: PlanError."""
+        if self.calls != other.calls:
+            raise PlanError(f"plans of {self.calls} and {other.calls} calls cannot be combined; make them equally long")
+        columns: dict[Site, np.ndarray] = {}
+        for plan in (self, other):
+            for site, column in zip(plan.sites, plan.mask.T, strict=True):
+                columns[site] = columns.get(site, np.zeros(self.calls, dtype=bool)) | column
+        mask = np.array(list(columns.values()), dtype=bool).reshape(len(columns), self.calls).T
+        return ReusePlan(mask, tuple(columns), tuple(a and b for a, b in zip(self.guided, other.guided, strict=True)))
+
+    def to_json(self) -> str:
+        """Readable JSON: a string of '.' and '#' per site, under its kind and address."""
+        drawn: dict[str, dict[str, str]] = {}
+        for site, column in zip(self.sites, self.mask.T, strict=True):
+            drawn.setdefault(site.kind, {})[site.address] = _draw(column)
+        data = {"format": "minireuse-plan", "calls": self.calls, "guided": _draw(np.array(self.guided)), "sites": drawn}
+        return json.dumps(data, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> ReusePlan:
+        """The inverse of `to_json`. Raises: PlanError naming the field that is wrong."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"plan is not JSON ({error}); expected what ReusePlan.to_json writes") from None
+        if not isinstance(data, Mapping) or data.get("format") != "minireuse-plan":
+            raise PlanError('plan has no "format": "minireuse-plan"; expected what ReusePlan.to_json writes')
+        calls, drawn = data.get("calls"), data.get("sites")
+        if not isinstance(calls, int) or isinstance(calls, bool) or not 1 <= calls <= 100_000:
+            raise PlanError(f"plan field calls is {calls!r}, expected a whole number from 1 to 100000")
+        if not isinstance(drawn, Mapping) or not all(isinstance(v, Mapping) for v in drawn.values()):
+            raise PlanError("plan field sites must be an object of kinds, each an object of addresses")
+        columns = {Site(a, kind): _parse(g, calls, a) for kind, group in drawn.items() for a, g in group.items()}
+        guided = _parse(data.get("guided", "#" * calls), calls, "guided")
+        mask = np.array(list(columns.values()), dtype=bool).reshape(len(columns), calls).T
+        return cls(mask, tuple(columns), tuple(bool(g) for g in guided))
+
+
+def _draw(row: np.ndarray) -> str:
+    return "".join(".#"[int(cell)] for cell in row)
+
+
+def _parse(drawn: Any, calls: int, where: str) -> np.ndarray:
+    if not isinstance(drawn, str) or len(drawn) != calls or set(drawn) - {".", "#"}:
+        raise PlanError(f"plan entry {where} is {drawn!r}, expected {calls} characters '.' or '#'")
+    return np.array([c == "#" for c in drawn])
+
+
+@dataclass(frozen=True)
+class _Entry:
+    value: Tensor
+    dtype: torch.dtype  # of the computation that wrote it
+    guided: bool
+
+
+class ReuseCache:
+    """The tensors kept between calls: owned by the caller, one per generation, empty again at its end.
+
+    dtype: what floating-point tensors are kept in. device: where; None = where they are computed.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float16, device: torch.device | str | None = None) -> None:
+        if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise ValueError(f"cache dtype is {dtype}, expected torch.float16, torch.bfloat16 or torch.float32")
+        self.dtype = dtype
+        self.device = device
+        self.peak_nbytes = 0
+        self._entries: dict[Site, _Entry] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now."""
+        return sum(e.value.numel() * e.value.element_size() for e in self._entries.values())
+
+    def clear(self) -> None:
+        """Forget everything; the peak stays."""
+        self._entries.clear()
+
+    def store(self, site: Site, value: Tensor, step: StepPlan, dtype: torch.dtype) -> None:
+        """Keep `value`, computed within a run of `dtype`, for later calls."""
+        # A copy even where dtype and device agree: the caller may go on to change its tensor in place.
+        kept = value.detach().to(device=self.device or value.device, dtype=self.dtype, copy=True)
+        self._entries[site] = _Entry(kept, dtype, step.guided)
+        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+
+    def load(self, site: Site, shape: Sequence[int], step: StepPlan, like: Tensor) -> Tensor:
+        """What was stored, in the dtype and on the device of `like`; dropped if this is its last read.
+
+        Raises: CacheError where nothing is stored, or it was stored at another shape, dtype or guidance layout.
+        """
+        entry = self._entries.get(site)
+        if entry is None:
+            raise CacheError(f"nothing is cached for {site.kind} of {site.address}; was this cache used for call 0?")
+        for what, stored, wanted in (
+            ("shape", tuple(entry.value.shape), tuple(shape)),
+            ("dtype", entry.dtype, like.dtype),
+            ("guidance", entry.guided, step.guided),
+        ):
+            if stored != wanted:
+                raise CacheError(
+                    f"the cached {site.kind} of {site.address} was written for {what} {stored} but read for {wanted}; "
+                    "use a new ReuseCache for each generation"
+                )
+        if site in step.last:
+            del self._entries[site]
+        return entry.value.to(device=like.device, dtype=like.dtype)

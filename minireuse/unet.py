@@ -1,0 +1,150 @@
+"""The conditional U-Net of Stable Diffusion, with modules named as in diffusers' checkpoints.
+
+Source: Rombach et al., arXiv 2112.10752; diffusers `models/unets/unet_2d_condition.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minireuse.attention import Attention, SpatialTransformer
+from minireuse.config import UNetConfig
+from minireuse.layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample, timestep_embedding
+from minireuse.reuse import PLAIN, ReuseCache, Site, StepPlan
+
+EPS = 1e-5  # of the group norms outside the transformers
+
+
+class Block(nn.Module):
+    """One level of the U-Net: residual blocks, each followed by a transformer if the level has attention.
+
+    Holds modules under the checkpoint's names; the U-Net walks over them, because skip connections cross levels.
+    """
+
+    def __init__(self, widths: list[tuple[int, int]], config: UNetConfig, heads: int | None) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(_resnet(a, b, config) for a, b in widths)
+        self.attentions = nn.ModuleList(_transformer(b, heads, config) for _, b in widths if heads is not None)
+
+    def layers(self) -> Iterator[tuple[ResnetBlock, SpatialTransformer | None]]:
+        yield from zip(self.resnets, self.attentions or [None] * len(self.resnets), strict=True)
+
+
+class DownBlock(Block):
+    def __init__(self, in_channels: int, channels: int, config: UNetConfig, heads: int | None, *, down: bool) -> None:
+        widths = [in_channels] + [channels] * config.layers_per_block
+        super().__init__(list(itertools.pairwise(widths)), config, heads)
+        self.downsamplers = nn.ModuleList([Downsample(channels, symmetric=True)] if down else [])
+
+
+class UpBlock(Block):
+    def __init__(
+        self, in_channels: int, skips: list[int], channels: int, config: UNetConfig, heads: int | None, *, up: bool
+    ) -> None:
+        widths = [in_channels] + [channels] * (len(skips) - 1)
+        super().__init__([(a + skip, channels) for a, skip in zip(widths, skips, strict=True)], config, heads)
+        self.upsamplers = nn.ModuleList([Upsample(channels)] if up else [])
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels: int, config: UNetConfig, heads: int) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(_resnet(channels, channels, config) for _ in range(2))
+        self.attentions = nn.ModuleList([_transformer(channels, heads, config)])
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor, step: StepPlan, cache: ReuseCache | None) -> Tensor:
+        x = self.resnets[0](x, time)
+        x = self.attentions[0](x, context, step, cache)
+        return self.resnets[1](x, time)
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or v) in latents, given timesteps and a text context."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = config.block_out_channels
+        heads = [h if a else None for h, a in zip(config.heads, config.attention, strict=True)]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
+        self.down_blocks = nn.ModuleList(
+            DownBlock(widths[max(i - 1, 0)], width, config, heads[i], down=i < last) for i, width in enumerate(widths)
+        )
+        self.mid_block = MidBlock(widths[-1], config, config.heads[-1])
+        skips = [widths[0]]  # the widths of what the down path leaves for the up path, in order
+        for i, width in enumerate(widths):
+            skips += [width] * (config.layers_per_block + (i < last))
+        self.up_blocks = nn.ModuleList()
+        width = widths[-1]
+        for i in reversed(range(len(widths))):
+            taken = [skips.pop() for _ in range(config.layers_per_block + 1)]
+            self.up_blocks.append(UpBlock(width, taken, widths[i], config, heads[i], up=i > 0))
+            width = widths[i]
+        self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        for address, module in self.named_modules():
+            if isinstance(module, Attention):
+                module.address = address
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every reusable tensor, in the order of the modules."""
+        addresses = [m.address for m in self.modules() if isinstance(m, Attention)]
+        return tuple(Site(address, kind) for kind in ("map", "out") for address in addresses)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        context: Tensor,
+        step: StepPlan | None = None,
+        cache: ReuseCache | None = None,
+    ) -> Tensor:
+        """The model's prediction; `step` and `cache` None make it an ordinary U-Net.
+
+        Shapes: x (B, 4, h, w), t scalar or (B,), context (B, M, D) -> (B, 4, h, w).
+        """
+        if step is not None and (step.reuse or step.store) and cache is None:
+            raise ValueError("this step reuses or stores but there is no cache; pass a ReuseCache")
+        step = PLAIN if step is None else step
+        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
+        time = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
+
+        x = self.conv_in(x)
+        skips = [x]
+        for block in cast(Iterable[DownBlock], self.down_blocks):
+            for resnet, attention in block.layers():
+                x = resnet(x, time)
+                if attention is not None:
+                    x = attention(x, context, step, cache)
+                skips.append(x)
+            for downsample in block.downsamplers:
+                x = downsample(x)
+                skips.append(x)
+        x = self.mid_block(x, time, context, step, cache)
+        for up_block in cast(Iterable[UpBlock], self.up_blocks):
+            for resnet, attention in up_block.layers():
+                x = resnet(torch.cat([x, skips.pop()], dim=1), time)
+                if attention is not None:
+                    x = attention(x, context, step, cache)
+            for upsample in up_block.upsamplers:
+                x = upsample(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def _resnet(in_channels: int, out_channels: int, config: UNetConfig) -> ResnetBlock:
+    time_width = 4 * config.block_out_channels[0]
+    return ResnetBlock(in_channels, out_channels, groups=config.norm_groups, eps=EPS, time_width=time_width)
+
+
+def _transformer(channels: int, heads: int, config: UNetConfig) -> SpatialTransformer:
+    width, linear = config.cross_attention_dim, config.linear_projection
+    return SpatialTransformer(channels, width, heads, groups=config.norm_groups, linear=linear)

@@ -1,0 +1,212 @@
+"""Train the small U-Net and text encoder on latents of scenes: `python scripts/train_unet.py --out runs/shapes`.
+
+First on latents averaged over 2x2 positions, where a step costs a quarter and the layout of a scene is learned, then
+at full size. v-prediction (arXiv 2202.00512) on a schedule that ends in almost pure noise, without loss weights: with
+noise prediction on SD's own schedule this small model paints the right shapes on the wrong backgrounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTokenizer
+
+from minireuse.config import ScheduleConfig, UNetConfig
+from minireuse.text import TextEncoder
+from minireuse.unet import UNet
+from minireuse.vae import VAE
+
+from data import pictures, scene_at
+from make_tokenizer import make_tokenizer
+from train_vae import CONFIG as VAE_CONFIG
+from train_vae import to_tensor
+from trainer import EMA, train
+from world import caption, vary_caption
+
+UNET_CONFIG = UNetConfig(
+    block_out_channels=(64, 128, 192, 192),
+    layers_per_block=1,
+    heads=(2, 4, 6, 6),
+    cross_attention_dim=128,
+    norm_groups=16,
+    sample_size=32,
+)
+SCHEDULE_CONFIG = ScheduleConfig(
+    beta_start=1e-4,
+    beta_end=0.02,
+    beta_schedule="linear",
+    prediction_type="v_prediction",
+    spacing="trailing",
+    offset=0,
+    last_alpha_one=True,
+)
+DROP_TEXT = 0.1  # of the prompts are empty, for classifier-free guidance
+
+
+def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=UNET_CONFIG.cross_attention_dim,
+        intermediate_size=4 * UNET_CONFIG.cross_attention_dim,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        projection_dim=UNET_CONFIG.cross_attention_dim,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+class Model(nn.Module):
+    """What is trained together."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.unet = UNet(UNET_CONFIG).to(memory_format=torch.channels_last)
+        self.text = TextEncoder(text_config(tokenizer), tokenizer)
+
+
+def trained_vae(folder: Path) -> VAE:
+    vae = VAE(VAE_CONFIG).eval()
+    state = torch.load(folder / "vae.pt", weights_only=True)
+    vae.load_state_dict(state["module"])
+    ema = EMA(vae, 0.0)
+    ema.values = state["ema"]
+    ema.copy_to(vae)
+    return vae
+
+
+@torch.no_grad()
+def encode_all(vae: VAE, images: np.ndarray, device: str) -> Tensor:
+    vae = vae.to(device)
+    batches = [
+        vae.encode(to_tensor(np.array(images[i : i + 50])).to(device)).cpu()
+        for i in tqdm(range(0, len(images), 50), desc="encode")
+    ]
+    vae.to("cpu")
+    return torch.cat(batches)
+
+
+@torch.no_grad()
+def standardise(vae: VAE, mean: Tensor, std: Tensor) -> None:
+    """Fold a shift and scale per channel into the VAE, so that its latents have mean 0 and variance 1.
+
+    Shapes: mean, std (latent_channels,), of the latents before.
+    """
+    c = len(mean)
+    vae.quant_conv.weight[:c] /= std[:, None, None, None]
+    vae.quant_conv.bias[:c] = (vae.quant_conv.bias[:c] - mean) / std
+    vae.quant_conv.bias[c:] -= 2 * std.log()  # the other half is the log-variance
+    vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+    vae.post_quant_conv.weight *= std[None, :, None, None]
+
+
+def prepare(folder: Path, count: int, device: str) -> tuple[Tensor, VAE]:
+    """Latents of the first `count` training scenes, and the VAE standardised on them."""
+    vae, path = trained_vae(folder), folder / f"latents-{count}.pt"
+    if not path.exists():
+        latents = encode_all(vae, pictures(folder, count), device)
+        torch.save(latents, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+    latents = torch.load(path, weights_only=True)
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    standardise(vae, mean, std)
+    return (latents - mean[:, None, None]) / std[:, None, None], vae
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
+    parser.add_argument("--scenes", type=int, default=12_000)
+    parser.add_argument("--small-steps", type=int, default=6000, help="steps on 16x16 latents")
+    parser.add_argument("--steps", type=int, default=1500, help="further steps on 32x32 latents")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+
+    tokenizer = make_tokenizer(args.out / "tokenizer")
+    latents, vae = prepare(args.out, args.scenes, args.device)
+    scenes = [scene_at(0, i) for i in range(args.scenes)]
+    table = torch.linspace(SCHEDULE_CONFIG.beta_start, SCHEDULE_CONFIG.beta_end, 1000, dtype=torch.float64)
+    alphas_cumprod = torch.cumprod(1 - table, 0)
+    torch.manual_seed(0)
+    model = Model(tokenizer).to(args.device)
+
+    def loss_at(step: int, small: bool) -> dict[str, Tensor]:
+        rng = np.random.default_rng([2, int(small), step])
+        generator = torch.Generator().manual_seed(2 * step + small)
+        chosen = rng.choice(len(latents), args.batch, replace=False)
+        prompts = ["" if rng.random() < DROP_TEXT else vary_caption(scenes[i], rng) for i in chosen]
+        x_0 = latents[chosen]
+        if small:
+            x_0 = F.avg_pool2d(x_0, 2)
+        # One timestep from each of `batch` equal parts of the schedule: the same mean with less variance.
+        t = ((torch.arange(args.batch) + torch.rand(args.batch, generator=generator)) * 1000 / args.batch).long()
+        alpha = alphas_cumprod[t].sqrt().float()[:, None, None, None]
+        sigma = (1 - alphas_cumprod[t]).sqrt().float()[:, None, None, None]
+        noise = torch.randn(x_0.shape, generator=generator)
+        x, target = alpha * x_0 + sigma * noise, alpha * noise - sigma * x_0
+        context = model.text(model.text.tokenize(prompts).to(args.device))
+        v = model.unet(x.to(args.device).contiguous(memory_format=torch.channels_last), t.to(args.device), context)
+        return {"loss": F.mse_loss(v, target.to(args.device))}
+
+    def report(name: str, step: int, side: int) -> dict[str, float]:
+        prompts = [caption(scene_at(3, i)) for i in range(16)]
+        x = ddim(model, prompts, side, alphas_cumprod, args.device)
+        if side < 32:  # the decoder only knows full-size latents
+            x = F.interpolate(x, scale_factor=2, mode="bilinear")
+        images = torch.cat([vae.decode(row.cpu()) for row in x.split(4)]).clamp(-1, 1)
+        grid = images.reshape(2, 8, 3, *images.shape[2:]).permute(0, 3, 1, 4, 2).reshape(2 * images.shape[2], -1, 3)
+        Image.fromarray(((grid + 1) * 127.5).round().byte().numpy()).save(args.out / f"{name}-{step:05d}.png")
+        return {}
+
+    train(
+        "small",
+        args.out,
+        model,
+        lambda step: loss_at(step, small=True),
+        steps=args.small_steps,
+        peak_lr=args.lr,
+        ema_decay=0.998,
+        report=lambda step: report("small", step, 16),
+    )
+    train(
+        "full",
+        args.out,
+        model,
+        lambda step: loss_at(step, small=False),
+        steps=args.steps,
+        peak_lr=args.lr / 2,
+        ema_decay=0.995,
+        report=lambda step: report("full", step, 32),
+        report_every=250,
+    )
+
+
+def ddim(model: Model, prompts: list[str], side: int, alphas_cumprod: Tensor, device: str, steps: int = 20) -> Tensor:
+    """A bare guided DDIM, for looking at samples while training. Shapes: -> (len(prompts), 4, side, side)."""
+    x = torch.randn(len(prompts), 4, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    context = torch.cat([model.text.encode([""] * len(prompts)), model.text.encode(prompts)])
+    times = [int(t) for t in np.round(np.arange(1000, 0, -1000 / steps)) - 1]
+    for t, s in zip(times, [*times[1:], -1], strict=True):
+        v_free, v = model.unet(torch.cat([x, x]), t, context).chunk(2)
+        v = v_free + 4.0 * (v - v_free)
+        alpha, sigma = alphas_cumprod[t].sqrt().item(), (1 - alphas_cumprod[t]).sqrt().item()
+        x_0, eps = alpha * x - sigma * v, alpha * v + sigma * x
+        bar = alphas_cumprod[s].item() if s >= 0 else 1.0
+        x = bar**0.5 * x_0 + (1 - bar) ** 0.5 * eps
+    return x
+
+
+if __name__ == "__main__":
+    main()
