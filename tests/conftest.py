@@ -1,0 +1,99 @@
+"""Small models with random weights, written by diffusers and transformers themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+# Nothing in these tests may reach out: a missing file must fail at once instead of waiting for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import minireuse
+from minireuse.config import ScheduleConfig, UNetConfig, VAEConfig
+
+from make_tokenizer import make_tokenizer
+
+TINY_UNET = UNetConfig(
+    block_out_channels=(32, 64, 64),
+    attention=(True, True, False),
+    layers_per_block=2,
+    heads=(2, 4, 4),
+    cross_attention_dim=32,
+    norm_groups=8,
+    sample_size=8,
+)
+TINY_VAE = VAEConfig(block_out_channels=(16, 32), layers_per_block=1, norm_groups=8, scaling_factor=0.5, sample_size=16)
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Move every parameter off its default, so that an ignored bias or norm weight cannot go unnoticed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return module.eval()
+
+
+def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((given - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder, captions=300)
+    return folder
+
+
+def write_pipeline(folder: Path, tokenizer_folder: Path, schedule: ScheduleConfig) -> Path:
+    """A diffusers folder with a tiny random model, written by diffusers."""
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    torch.manual_seed(0)
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    diffusers.StableDiffusionPipeline(
+        vae=randomise(diffusers.AutoencoderKL.from_config(TINY_VAE.to_diffusers())),
+        text_encoder=randomise(CLIPTextModel(text_config)),
+        tokenizer=tokenizer,
+        unet=randomise(diffusers.UNet2DConditionModel.from_config(TINY_UNET.to_diffusers())),
+        scheduler=diffusers.DDIMScheduler.from_config(schedule.to_diffusers()),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    return write_pipeline(tmp_path_factory.mktemp("model"), tokenizer_folder, ScheduleConfig())
+
+
+@pytest.fixture(scope="session")
+def v_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    schedule = ScheduleConfig(prediction_type="v_prediction", spacing="trailing", last_alpha_one=True)
+    return write_pipeline(tmp_path_factory.mktemp("v-model"), tokenizer_folder, schedule)
+
+
+@pytest.fixture(scope="session")
+def pipeline(model_folder: Path) -> minireuse.Pipeline:
+    return minireuse.load(model_folder, device="cpu")
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -1,0 +1,198 @@
+"""Attention's three branches, and what a U-Net does and does not compute under a plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import TINY_UNET, randomise
+from torch import Tensor, nn
+
+from minireuse.attention import Attention, attention_probs, fused_attention
+from minireuse.policies import hurry, interval, select
+from minireuse.reuse import PLAIN, CacheError, ReuseCache, ReusePlan, Site, StepPlan
+from minireuse.unet import UNet
+
+CALLS = 6
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet:
+    unet = UNet(TINY_UNET)
+    randomise(unet)
+    return unet.requires_grad_(False)
+
+
+def inputs(call: int, batch: int = 2) -> tuple[Tensor, float, Tensor]:
+    generator = torch.Generator().manual_seed(call)
+    context = torch.randn(batch, 7, 32, generator=torch.Generator().manual_seed(99))
+    return torch.randn(batch, 4, 8, 8, generator=generator), 900.0 - 100 * call, context
+
+
+def run(unet: UNet, plan: ReusePlan, cache: ReuseCache) -> list[Tensor]:
+    return [unet(*inputs(call), plan.step(call), cache) for call in range(plan.calls)]
+
+
+def test_probs_are_a_float32_softmax_of_scaled_scores() -> None:
+    q, k = torch.randn(2, 3, 5, 4, dtype=torch.float16), torch.randn(2, 3, 7, 4, dtype=torch.float16)
+    probs = attention_probs(q, k)
+    assert probs.dtype == torch.float32
+    expected = torch.einsum("bknd,bkmd->bknm", q.double(), k.double()).div(2).softmax(-1)
+    torch.testing.assert_close(probs.double(), expected, atol=2e-3, rtol=0)
+    torch.testing.assert_close(probs.sum(-1), torch.ones(2, 3, 5))
+
+
+def test_fused_explicit_and_stored_branches_agree(unet: UNet) -> None:
+    args = inputs(0)
+    plain = unet(*args)
+    explicit = unet(*args, StepPlan(explicit=True), None)
+    storing = unet(*args, StepPlan(store=frozenset(unet.sites)), ReuseCache())
+    torch.testing.assert_close(explicit, plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(storing, explicit, atol=0, rtol=0)
+
+
+def test_plan_without_reuse_is_bit_identical_to_no_plan_and_stores_nothing(unet: UNet) -> None:
+    cache = ReuseCache()
+    all_false = ReusePlan.stepwise([False] * CALLS, unet.sites)
+    for call, given in enumerate(run(unet, all_false, cache)):
+        assert torch.equal(given, unet(*inputs(call)))
+    assert cache.peak_nbytes == 0
+
+
+def reference_attention(recorded: dict[str, Tensor], module: Attention, record: bool) -> Callable[..., Tensor]:
+    """Attention written out with einsum, keeping or applying maps in a dictionary: the mechanism in its naivest form."""
+
+    def forward(x: Tensor, context: Tensor | None = None, step: object = None, cache: object = None) -> Tensor:
+        context = x if context is None else context
+        heads, d = module.heads, x.shape[-1] // module.heads
+        q, k, v = (
+            f(y).reshape(*y.shape[:2], heads, d)
+            for f, y in ((module.to_q, x), (module.to_k, context), (module.to_v, context))
+        )
+        if record:
+            recorded[module.address] = (torch.einsum("bnkd,bmkd->bknm", q, k) * d**-0.5).softmax(-1)
+        return module.to_out[0](torch.einsum("bknm,bmkd->bnkd", recorded[module.address], v).flatten(2))
+
+    return forward
+
+
+def test_map_reuse_equals_attention_with_recorded_maps(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = interval(CALLS, select(unet.sites), k=3)
+    given = run(unet, plan, ReuseCache(torch.float32))
+    recorded: dict[str, Tensor] = {}
+    for call in range(CALLS):
+        with monkeypatch.context() as patch:
+            for module in unet.modules():
+                if isinstance(module, Attention):
+                    record = not plan.mask[call].any()
+                    patch.setattr(module, "forward", reference_attention(recorded, module, record))
+            torch.testing.assert_close(given[call], unet(*inputs(call)), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(given[-1], unet(*inputs(CALLS - 1)), atol=1e-3)  # reuse did change something
+
+
+def test_output_reuse_equals_attention_with_recorded_outputs(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = hurry(CALLS, select(unet.sites, kind="out"), k=2)
+    given = run(unet, plan, ReuseCache(torch.float32))
+    recorded: dict[str, Tensor] = {}
+    layers = [m for m in unet.modules() if isinstance(m, Attention)]
+    hooks = [m.register_forward_hook(lambda m, _, y: recorded.update({m.address: y})) for m in layers]
+    unet(*inputs(CALLS - 3))
+    for hook in hooks:
+        hook.remove()
+    for module in layers:
+        monkeypatch.setattr(module, "forward", lambda *_, address=module.address: recorded[address])
+    torch.testing.assert_close(given[-1], unet(*inputs(CALLS - 1)), atol=1e-5, rtol=1e-5)
+
+
+def count_runs(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count how often each linear layer of each attention runs."""
+    runs: Counter[str] = Counter()
+    for name, module in unet.named_modules():
+        if (".attn" in name and isinstance(module, nn.Linear)) or name.endswith(("norm1", "norm2")):
+            original = module.forward
+
+            def counted(x: Tensor, name: str = name, original: Callable[[Tensor], Tensor] = original) -> Tensor:
+                runs[name] += 1
+                return original(x)
+
+            monkeypatch.setattr(module, "forward", counted)
+    return runs
+
+
+def test_reused_map_skips_query_key_and_softmax(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = count_runs(unet, monkeypatch)
+    plan, cache = hurry(CALLS, select(unet.sites, "self"), k=2), ReuseCache()
+    for call in range(CALLS):
+        runs.clear()
+        unet(*inputs(call), plan.step(call), cache)
+        for name, times in {
+            n: runs[n] for n, _ in unet.named_modules() if n.endswith(("to_q", "to_k", "to_v"))
+        }.items():
+            skipped = call >= CALLS - 2 and "attn1" in name and not name.endswith("to_v")
+            assert times == (0 if skipped else 1), (call, name)
+
+
+def test_reused_output_skips_the_whole_layer_and_its_norm(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = count_runs(unet, monkeypatch)
+    plan, cache = hurry(CALLS, select(unet.sites, kind="out"), k=1), ReuseCache()
+    for call in range(CALLS):
+        runs.clear()
+        unet(*inputs(call), plan.step(call), cache)
+    transformer_runs = {n: c for n, c in runs.items() if "transformer_blocks" in n and c}
+    assert transformer_runs == {}
+
+
+def test_cache_bytes_equal_the_formula_and_entries_die(unet: UNet) -> None:
+    sites = select(unet.sites)
+    plan, cache = hurry(CALLS, sites, k=2), ReuseCache(torch.float16)
+    heads_of_level = TINY_UNET.heads
+    expected = 0
+    for site in sites:
+        level = {"down_blocks.0": 0, "down_blocks.1": 1, "mid_block": 2, "up_blocks.1": 1, "up_blocks.2": 0}[
+            site.address.split(".attentions")[0]
+        ]
+        tokens = (8 // 2**level) ** 2
+        expected += 2 * heads_of_level[level] * tokens * (7 if site.is_cross else tokens) * 2  # 2B K N M, two bytes
+    for call in range(CALLS):
+        unet(*inputs(call), plan.step(call), cache)
+        assert cache.nbytes == (expected if call in (CALLS - 3, CALLS - 2) else 0)
+    assert cache.peak_nbytes == expected
+
+
+def test_two_caches_do_not_see_each_other(unet: UNet) -> None:
+    plan = interval(CALLS, select(unet.sites), k=3)
+    alone = run(unet, plan, ReuseCache())
+    first, second = ReuseCache(), ReuseCache()
+    together = []
+    for call in range(CALLS):
+        together.append(unet(*inputs(call), plan.step(call), first))
+        unet(*(inputs(call + 50)), plan.step(call), second)
+    for a, b in zip(alone, together, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_misuse_is_an_error_not_a_wrong_image(unet: UNet) -> None:
+    plan = hurry(CALLS, select(unet.sites), k=3)
+    with pytest.raises(ValueError, match="no cache"):
+        unet(*inputs(2), plan.step(2), None)
+    with pytest.raises(CacheError, match="nothing is cached"):
+        unet(*inputs(3), plan.step(3), ReuseCache())
+    cache = ReuseCache()
+    unet(*inputs(2), plan.step(2), cache)
+    with pytest.raises(CacheError, match="shape"):
+        unet(*inputs(3, batch=1), plan.step(3), cache)
+    assert StepPlan() == PLAIN
+
+
+def test_sites_are_the_attention_modules_of_the_state_dict(unet: UNet) -> None:
+    names = {n.removesuffix(".to_q.weight") for n in unet.state_dict() if n.endswith(".to_q.weight")}
+    assert {s.address for s in unet.sites} == names
+    assert len(unet.sites) == 2 * len(names) == len(set(unet.sites))
+    assert Site("mid_block.attentions.0.transformer_blocks.0.attn2", "map") in unet.sites
+
+
+def test_fused_attention_is_attention() -> None:
+    q, k, v = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 7, 4), torch.randn(1, 2, 7, 4)
+    torch.testing.assert_close(fused_attention(q, k, v), attention_probs(q, k) @ v, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,167 @@
+"""Plans, step plans and the cache, without a model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from minireuse.reuse import PLAIN, CacheError, PlanError, ReuseCache, ReusePlan, Site, StepPlan
+
+A, B = Site("down.attn1", "map"), Site("down.attn2", "map")
+A_OUT = Site("down.attn1", "out")
+
+
+def plan(*rows: str, sites: tuple[Site, ...] = (A,)) -> ReusePlan:
+    """A plan drawn with one row per site."""
+    return ReusePlan(np.array([[c == "#" for c in row] for row in rows]).T, sites)
+
+
+def test_store_and_last_follow_from_the_mask() -> None:
+    p = plan("..##.#..", "........", sites=(A, B))
+    assert [A in p.step(i).reuse for i in range(8)] == [c == "#" for c in "..##.#.."]
+    assert [A in p.step(i).store for i in range(8)] == [c == "#" for c in ".#..#..."]
+    assert [A in p.step(i).last for i in range(8)] == [c == "#" for c in "...#.#.."]
+    assert not any(B in p.step(i).reuse | p.step(i).store for i in range(8))
+
+
+def test_output_reuse_shadows_the_map_of_the_same_attention() -> None:
+    #                 call  0123456
+    p = plan(*("..##.#.", ".##..##"), sites=(A, A_OUT))
+    # Call 1: the layer does not run, so its map is not computed. Call 2: its map is not read although marked.
+    # Call 3: the map of call 0 is read, the last that was computed. Call 4 computes a map that nobody reads.
+    assert [A in p.step(i).store for i in range(7)] == [True, False, False, False, False, False, False]
+    assert [A in p.step(i).reuse for i in range(7)] == [False, False, False, True, False, False, False]
+    assert [A in p.step(i).last for i in range(7)] == [False, False, False, True, False, False, False]
+    assert [A_OUT in p.step(i).store for i in range(7)] == [True, False, False, False, True, False, False]
+
+
+def test_plan_is_immutable_and_copies_its_mask() -> None:
+    mask = np.zeros((3, 1), dtype=bool)
+    p = ReusePlan(mask, (A,))
+    mask[1] = True
+    assert p.grid == "..."
+    with pytest.raises(ValueError, match="read-only"):
+        p.mask[1, 0] = True
+    with pytest.raises(AttributeError):
+        p.sites = ()  # type: ignore[misc]
+
+
+def test_grid_and_str() -> None:
+    assert str(plan("..##", "..##", sites=(A, B))) == "..##"
+    p = plan("..##", "...#", sites=(A, B))
+    assert p.grid is None
+    assert str(p) == "..## map  down.attn1\n...# map  down.attn2"
+    assert str(ReusePlan.nothing(5)) == "....."
+    assert p.calls == 4
+    assert p.reused == 2
+
+
+def test_union_takes_both_and_all_sites() -> None:
+    joined = plan(".#..") | plan("..##", sites=(B,))
+    assert joined == plan(".#..", "..##", sites=(A, B))
+    assert joined != plan(".#..")
+    assert plan(".#..") | ReusePlan.nothing(4) == plan(".#..")
+    unguided = ReusePlan(np.zeros((4, 0), dtype=bool), (), (True, True, False, False))
+    assert (plan(".#..") | unguided).guided == (True, True, False, False)
+    with pytest.raises(PlanError, match="4 and 3 calls"):
+        plan(".#..") | plan(".#.")
+
+
+def test_equality_ignores_order_and_idle_sites() -> None:
+    assert plan(".#.", "..#", sites=(A, B)) == plan("..#", ".#.", sites=(B, A))
+    assert plan(".#.", "...", sites=(A, B)) == plan(".#.")
+    assert hash(plan(".#.", "...", sites=(A, B))) == hash(plan(".#."))
+    assert plan(".#.") != ".#."
+
+
+def test_json_round_trip() -> None:
+    p = plan("..##", ".#..", sites=(A, A_OUT))
+    p = ReusePlan(p.mask, p.sites, (True, True, True, False))
+    again = ReusePlan.from_json(p.to_json())
+    assert again == p
+    assert again.sites == p.sites
+    assert '"down.attn1": "..##"' in p.to_json()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "minireuse-plan"),
+        ('{"format": "minireuse-plan", "calls": "4", "sites": {}}', "calls"),
+        ('{"format": "minireuse-plan", "calls": 4, "sites": []}', "sites"),
+        ('{"format": "minireuse-plan", "calls": 4, "sites": {"map": {"a": "..#"}}}', "4 characters"),
+        ('{"format": "minireuse-plan", "calls": 4, "sites": {"map": {"a": "..x#"}}}', "4 characters"),
+        ('{"format": "minireuse-plan", "calls": 4, "sites": {"maps": {"a": "...#"}}}', "kind"),
+        ('{"format": "minireuse-plan", "calls": 2, "sites": {"map": {"a": "##"}}}', "call 0"),
+    ],
+)
+def test_broken_plan_files_are_named(text: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        ReusePlan.from_json(text)
+
+
+def test_impossible_plans_are_refused() -> None:
+    with pytest.raises(PlanError, match="call 0"):
+        plan("#..")
+    with pytest.raises(PlanError, match="twice"):
+        plan("..#", "..#", sites=(A, A))
+    with pytest.raises(PlanError, match="shape"):
+        ReusePlan(np.zeros((3, 2), dtype=bool), (A,))
+    with pytest.raises(PlanError, match="guided"):
+        ReusePlan(np.zeros((3, 1), dtype=bool), (A,), (True,))
+    with pytest.raises(PlanError, match="25 U-Net calls but sampler plms makes 26"):
+        ReusePlan.nothing(25).check_calls(26, "plms")
+
+
+def stored(dtype: torch.dtype = torch.float16) -> tuple[ReuseCache, torch.Tensor]:
+    cache, value = ReuseCache(dtype), torch.rand(2, 4, 8, 8)
+    cache.store(A, value, PLAIN, torch.float32)
+    return cache, value
+
+
+def test_cache_counts_bytes_and_forgets_after_the_last_read() -> None:
+    cache, value = stored()
+    assert cache.nbytes == cache.peak_nbytes == 2 * 4 * 8 * 8 * 2
+    cache.store(B, value, PLAIN, torch.float32)
+    assert cache.nbytes == 2 * 2 * 4 * 8 * 8 * 2
+    middle = cache.load(A, value.shape, StepPlan(reuse=frozenset({A})), like=value)
+    torch.testing.assert_close(middle, value, atol=1e-3, rtol=0)
+    assert middle.dtype == torch.float32
+    cache.load(A, value.shape, StepPlan(reuse=frozenset({A}), last=frozenset({A})), like=value)
+    assert len(cache) == 1
+    assert cache.peak_nbytes == 2 * cache.nbytes
+    cache.clear()
+    assert (cache.nbytes, len(cache)) == (0, 0)
+
+
+def test_cache_keeps_its_own_copy() -> None:
+    cache, value = stored(torch.float32)
+    kept = value.clone()
+    value.zero_()
+    torch.testing.assert_close(cache.load(A, kept.shape, PLAIN, like=kept), kept)
+
+
+@pytest.mark.parametrize(
+    ("shape", "step", "like", "message"),
+    [
+        ((1, 4, 8, 8), PLAIN, torch.float32, "shape"),
+        ((2, 4, 8, 9), PLAIN, torch.float32, "shape"),
+        ((2, 4, 8, 8), StepPlan(guided=False), torch.float32, "guidance"),
+        ((2, 4, 8, 8), PLAIN, torch.float16, "dtype"),
+    ],
+)
+def test_cache_refuses_another_runs_tensors(
+    shape: tuple[int, ...], step: StepPlan, like: torch.dtype, message: str
+) -> None:
+    cache, _ = stored()
+    with pytest.raises(CacheError, match=message):
+        cache.load(A, shape, step, like=torch.zeros(1, dtype=like))
+    with pytest.raises(CacheError, match="nothing is cached"):
+        cache.load(B, shape, step, like=torch.zeros(1, dtype=like))
+
+
+def test_cache_dtype_must_be_floating() -> None:
+    with pytest.raises(ValueError, match="cache dtype"):
+        ReuseCache(torch.int64)
