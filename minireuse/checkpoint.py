@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTokenizer
@@ -26,7 +27,7 @@ from minireuse.vae import VAE
 
 HUB_TOKENIZER = "openai/clip-vit-large-patch14"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-# Buffers that some versions of transformers saved, and the number of pooled features, which generation never uses.
+# A buffer that some versions of transformers saved.
 IGNORED = re.compile(r"(.*\.)?embeddings\.position_ids")
 
 
@@ -69,20 +70,42 @@ def _load_folder(folder: Path, dtype: torch.dtype, tokenizer: str | Path | None)
     unet_config = UNetConfig.from_diffusers(_read_json(folder / "unet" / "config.json"))
     vae_config = VAEConfig.from_diffusers(_read_json(folder / "vae" / "config.json"))
     schedule = ScheduleConfig.from_diffusers(_read_json(folder / "scheduler" / "scheduler_config.json"))
-    text_config = CLIPTextConfig.from_dict(_read_json(folder / "text_encoder" / "config.json"))
-    if text_config.hidden_size != unet_config.cross_attention_dim:
+    text = _build_text(folder / "text_encoder" / "config.json")
+    latents = (unet_config.in_channels, unet_config.out_channels, vae_config.latent_channels)
+    if len(set(latents)) > 1:
         raise CheckpointError(
-            f"{folder}: the text encoder is {text_config.hidden_size} wide, the U-Net's cross attention "
+            f"{folder}: the U-Net reads {latents[0]} channels and writes {latents[1]}, the VAE's latents have "
+            f"{latents[2]}; they must agree: inpainting, upscaling and depth models are not supported"
+        )
+    width = text.model.config.hidden_size
+    if width != unet_config.cross_attention_dim:
+        raise CheckpointError(
+            f"{folder}: the text encoder is {width} wide, the U-Net's cross attention "
             f"{unet_config.cross_attention_dim}; they must agree, so these parts do not belong together"
         )
-    read_tokenizer = _read_tokenizer(tokenizer or folder / "tokenizer")
+    text.tokenizer = _read_tokenizer(tokenizer or folder / "tokenizer", text.model.config.vocab_size)
     with torch.device("meta"):
         unet, vae = UNet(unet_config), VAE(vae_config)
-    text = TextEncoder(text_config, read_tokenizer)
-    _fill(unet, _tensors(folder / "unet", "diffusion_pytorch_model"), dtype)
-    _fill(vae, _tensors(folder / "vae", "diffusion_pytorch_model"), dtype, name=_modern_vae_name)
-    _fill(text.model, _tensors(folder / "text_encoder", "model"), dtype, name=_bare_text_name)
+    _fill(unet, _tensors(folder / "unet", "diffusion_pytorch_model").items(), folder / "unet", dtype)
+    vae_tensors = _tensors(folder / "vae", "diffusion_pytorch_model").items()
+    _fill(vae, vae_tensors, folder / "vae", dtype, name=_modern_vae_name)
+    text_tensors = _tensors(folder / "text_encoder", "model").items()
+    _fill(text.model, text_tensors, folder / "text_encoder", dtype, name=_bare_text_name)
     return Parts(unet, vae, text, schedule)
+
+
+def _build_text(config: Path) -> TextEncoder:
+    raw = _read_json(config)
+    kind = raw.get("model_type", "clip_text_model")
+    if kind != "clip_text_model":
+        raise CheckpointError(
+            f"{config}: model_type is {kind!r}, expected 'clip_text_model'; "
+            "only Stable Diffusion 1.x and 2.x text-to-image models are supported"
+        )
+    try:
+        return TextEncoder(CLIPTextConfig.from_dict(raw))
+    except Exception as error:  # each version of transformers checks at its own place, with its own kinds
+        raise CheckpointError(f"{config} is of no CLIP text encoder ({_reason(error)}); download it again") from None
 
 
 def _tensors(folder: Path, stem: str) -> dict[str, _Source]:
@@ -114,8 +137,7 @@ def _open_shards(index: Path) -> dict[str, _Source]:
         if Path(name).name != name:
             raise CheckpointError(f"{index} names the shard {name!r}; expected a file beside the index")
         found |= _open(index.parent / name)
-    for key in set(weight_map) - set(found):
-        raise CheckpointError(f"{index} lists {key}, which no shard holds; the download may be incomplete")
+    _complain(f"{index} lists tensors that no shard holds:", set(weight_map) - set(found), "download the shards again")
     return found
 
 
@@ -137,33 +159,36 @@ def _modern_vae_name(key: str) -> str:
 def _load_single_file(path: Path, dtype: torch.dtype, tokenizer: str | Path | None) -> Parts:
     tensors = _open(path)
     width = tensors.get(ldm.CONTEXT_KEY)
-    widths = {768: SD1_UNET, 1024: SD2_UNET}
-    if width is None or width.shape[-1] not in widths:
+    configs: dict[tuple[int, ...], UNetConfig] = {(768,): SD1_UNET, (1024,): SD2_UNET}
+    if width is None or width.shape[-1:] not in configs:
         raise CheckpointError(
             f"{path} is not a Stable Diffusion 1.x or 2.x checkpoint in the original layout "
             f"(expected {ldm.CONTEXT_KEY} of width 768 or 1024); for other layouts give a diffusers folder"
         )
-    unet_config = widths[width.shape[-1]]
+    unet_config = configs[width.shape[-1:]]
     second = unet_config is SD2_UNET
-    read_tokenizer = _read_tokenizer(tokenizer or HUB_TOKENIZER)
-    if second:
-        read_tokenizer.pad_token = "!"  # token 0, with which OpenCLIP pads
-    text = TextEncoder(CLIPTextConfig(**(ldm.SD2_TEXT if second else ldm.SD1_TEXT)), read_tokenizer)
+    bias = tensors.get(ldm.PREDICTION_KEY)
+    predicts_v = second and bias is not None and ldm.predicts_v(bias.read())
+    if second and not predicts_v:
+        unet_config = replace(unet_config, sample_size=64)  # SD 2's base models predict noise, at 512 pixels
+    text_config = CLIPTextConfig(**(ldm.SD2_TEXT if second else ldm.SD1_TEXT))
+    read_tokenizer = _read_tokenizer(tokenizer or HUB_TOKENIZER, text_config.vocab_size)
+    # OpenCLIP pads with token 0, CLIP with the end token, whatever the tokenizer's own settings are.
+    read_tokenizer.pad_token = "!" if second else read_tokenizer.eos_token
+    text = TextEncoder(text_config, read_tokenizer)
     with torch.device("meta"):
         unet, vae = UNet(unet_config), VAE(SD_VAE)
-    groups: dict[str, dict[str, _Source]] = {"unet": {}, "vae": {}, "text": {}}
+    groups: dict[str, list[tuple[str, _Source]]] = {"unet": [], "vae": [], "text": []}
     for key, source in tensors.items():
         part, found = ldm.translate(key, second)
-        for name, rows in found:
-            groups[part][name] = source if rows is None else replace(source, rows=rows)
+        groups[part] += [(name, replace(source, rows=rows)) for name, rows in found]
         if not found and not ldm.ignored(key, second):
             raise CheckpointError(
                 f"{path} holds {key}, which is no part of Stable Diffusion; remove it or convert the file"
             )
-    _fill(unet, groups["unet"], dtype)
-    _fill(vae, groups["vae"], dtype)
-    _fill(text.model, groups["text"], dtype, name=_bare_text_name)
-    predicts_v = second and ldm.predicts_v(tensors[ldm.PREDICTION_KEY].read())
+    _fill(unet, groups["unet"], path, dtype)
+    _fill(vae, groups["vae"], path, dtype)
+    _fill(text.model, groups["text"], path, dtype, name=_bare_text_name)
     return Parts(unet, vae, text, replace(SD_SCHEDULE, prediction_type="v_prediction" if predicts_v else "epsilon"))
 
 
@@ -187,7 +212,7 @@ class _Source:
     def read(self) -> Tensor:
         with safe_open(str(self.path), framework="pt") as file:
             tensor: Tensor = file.get_tensor(self.key)
-        return tensor if self.rows is None else tensor.chunk(self.rows[1])[self.rows[0]]
+        return tensor if self.rows is None else torch.atleast_1d(tensor).tensor_split(self.rows[1])[self.rows[0]]
 
 
 def _open(path: Path) -> dict[str, _Source]:
@@ -196,26 +221,40 @@ def _open(path: Path) -> dict[str, _Source]:
         raise CheckpointError(f"{path} is a pickle by its name; {_CONVERT}")
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; the download may be incomplete")
-    with path.open("rb") as raw:
-        start = raw.read(2)
-    if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise CheckpointError(f"{path} is a pickle by its content; {_CONVERT}")
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {key: _Source(path, key, tuple(file.get_slice(key).get_shape())) for key in file}
-    except (SafetensorError, OSError) as error:
+            return {key: _Source(path, key, tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        # Looked at only now: a valid file may begin with these bytes too, which are the length of its header.
+        with path.open("rb") as raw:
+            start = raw.read(2)
+        if start == b"PK" or (start[:1] == b"\x80" and start[1:] <= b"\x05"):
+            raise CheckpointError(f"{path} is a pickle by its content; {_CONVERT}") from None
         raise CheckpointError(f"{path} is not a valid safetensors file ({error}); download it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({_reason(error)}); check its permissions") from None
 
 
 def _fill(
-    module: nn.Module, sources: Mapping[str, _Source], dtype: torch.dtype, name: Callable[[str], str] = lambda key: key
+    module: nn.Module,
+    sources: Iterable[tuple[str, _Source]],
+    where: Path,
+    dtype: torch.dtype,
+    name: Callable[[str], str] = lambda key: key,
 ) -> None:
     """Give every parameter of `module` its tensor. Raises: CheckpointError for missing, extra or mis-shaped ones."""
     wanted = {name(key): (key, tensor) for key, tensor in module.state_dict().items()}
-    given = {name(key): source for key, source in sources.items() if not IGNORED.fullmatch(key)}
-    where = next(iter(sources.values())).path if sources else "the file"
-    _complain(f"{where} lacks", set(wanted) - set(given), "it is incomplete, or of another model than its config says")
-    _complain(f"{where} has unknown", set(given) - set(wanted), "it is of another model than its config says")
+    given: dict[str, _Source] = {}
+    for key, source in sources:
+        if not IGNORED.fullmatch(key):
+            other = given.setdefault(name(key), source)
+            if other is not source:
+                raise CheckpointError(f"{where} holds both {other.key} and {source.key}, which are one; remove either")
+    if len(files := {source.path for source in given.values()}) == 1:
+        where = files.pop()
+    why = "it is of another model than its config says"
+    _complain(f"{where} lacks", set(wanted) - set(given), f"it is incomplete, or {why.removeprefix('it is ')}")
+    _complain(f"{where} has unknown", [given[key].key for key in set(given) - set(wanted)], why)
     state: dict[str, Tensor] = {}
     mis_shaped = []
     for key, (own_key, parameter) in wanted.items():
@@ -223,9 +262,11 @@ def _fill(
         if tensor.ndim == 4 and parameter.ndim == 2 and tensor.shape[2:] == (1, 1):
             tensor = tensor[:, :, 0, 0]  # a 1x1 convolution in older layouts, a linear layer here
         if tensor.shape != parameter.shape:
-            mis_shaped.append(f"{key} {tuple(tensor.shape)} instead of {tuple(parameter.shape)}")
-        state[own_key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    _complain(f"{where} has mis-shaped", mis_shaped, "it is of another model than its config says")
+            mis_shaped.append(f"{given[key].key} {tuple(tensor.shape)} instead of {tuple(parameter.shape)}")
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{where}: {given[key].key} is {tensor.dtype}; quantized weights are not supported")
+        state[own_key] = tensor.to(dtype)
+    _complain(f"{where} has mis-shaped", mis_shaped, why)
     module.load_state_dict(state, assign=True)
 
 
@@ -247,12 +288,28 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _read_tokenizer(source: str | Path) -> CLIPTokenizer:
+def _read_tokenizer(source: str | Path, vocabulary: int) -> CLIPTokenizer:
+    """The tokenizer in a folder, or, where `source` is a string and no folder, of that name on the hub."""
+    advice = "pass --tokenizer with a folder that holds vocab.json and merges.txt, or the name of one on the hub"
     try:
-        return CLIPTokenizer.from_pretrained(str(source))
+        folder = Path(source)
+        if not folder.is_dir():
+            if isinstance(source, Path):
+                raise FileNotFoundError("no such folder")
+            # Not by CLIPTokenizer itself, which without a network retries for minutes and then gives an empty one.
+            folder = Path(snapshot_download(source, allow_patterns=["vocab.json", "merges.txt", "*token*.json"]))
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers and the hub raise many kinds, network errors among them
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"no CLIP tokenizer could be read from {source} ({_reason(error)}); {advice}") from None
+    # Some versions of transformers read a folder without files as a tokenizer of two tokens.
+    if not 256 <= len(tokenizer) <= vocabulary:
         raise CheckpointError(
-            f"no CLIP tokenizer could be read from {source} ({reason}); "
-            "pass --tokenizer with a folder that holds vocab.json and merges.txt, or the name of one on the hub"
-        ) from None
+            f"the tokenizer in {source} has {len(tokenizer)} tokens, expected 256 (one per byte) to {vocabulary} "
+            f"(as the text encoder); {advice}"
+        )
+    return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, for a message of one sentence."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

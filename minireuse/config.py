@@ -86,7 +86,10 @@ class UNetConfig:
             "conv_out_kernel": 3,
             "dropout": 0.0,
             "attention_type": "default",
-            # A numerical detail of diffusers' own attention, of no effect on ours (scores are float32 throughout).
+            "resnet_out_scale_factor": 1.0,
+            # Without addition_embed_type, which is refused, the first says nothing. The second is a numerical
+            # detail of diffusers' own attention, of no effect on ours, whose softmax is float32 throughout.
+            "addition_embed_type_num_heads": raw.get("addition_embed_type_num_heads"),
             "upcast_attention": raw.get("upcast_attention"),
         }
         reader.finish(fixed)
@@ -309,8 +312,9 @@ class _Reader:
     def finish(self, fixed: Mapping[str, Any]) -> None:
         """Refuse what would change the network: keys with another value than the only one built here."""
         for key, value in self.raw.items():
-            if key in self.used or key.startswith("_") or value is None or value is False:
+            if key in self.used or key.startswith("_") or value is None:
                 continue
-            if key not in fixed:
-                self.require(False, key, "no such key, or null")
-            self.require(value == fixed[key], key, repr(fixed[key]))
+            if key in fixed:
+                self.require(value == fixed[key], key, repr(fixed[key]))
+            else:  # a switch of a newer diffusers, harmless as long as it is off
+                self.require(value is False, key, "no such key, or null")

@@ -100,7 +100,7 @@ _LAYERS = 2  # residual blocks per level of SD's down path; each level of the up
 
 def _unet(key: str) -> str | None:
     """The down path is numbered flat (a level's layers, then its downsampler), and so is the up path."""
-    stem, leaf = key.rsplit(".", 1)
+    stem, _, leaf = key.rpartition(".")
     if stem in _UNET_ENDS:
         return f"{_UNET_ENDS[stem]}.{leaf}"
     if match := re.fullmatch(r"(input_blocks|output_blocks)\.(\d+)\.(\d)\.(.+)", key):
@@ -125,7 +125,7 @@ def _unet(key: str) -> str | None:
 def _layer(resnet: str, attention: str, is_resnet: bool, rest: str) -> str | None:
     if not is_resnet:
         return f"{attention}.{rest}"  # the inside of a transformer is named alike in both layouts
-    stem, leaf = rest.rsplit(".", 1)
+    stem, _, leaf = rest.rpartition(".")
     return f"{resnet}.{_RESNET[stem]}.{leaf}" if stem in _RESNET else None
 
 
@@ -137,7 +137,7 @@ def _vae(key: str) -> str | None:
     if match := re.fullmatch(r"(encoder|decoder)\.mid\.(block_1|attn_1|block_2)\.(.+)", key):
         side, what, rest = match[1], match[2], match[3]
         if what == "attn_1":
-            stem, leaf = rest.rsplit(".", 1)
+            stem, _, leaf = rest.rpartition(".")
             return f"{side}.mid_block.attentions.0.{_VAE_ATTENTION[stem]}.{leaf}" if stem in _VAE_ATTENTION else None
         return f"{side}.mid_block.resnets.{int(what[-1]) - 1}.{rest}"
     if match := re.fullmatch(r"encoder\.down\.(\d)\.(?:block\.(\d)|(downsample))\.(.+)", key):

@@ -32,11 +32,11 @@ from trainer import EMA, train
 from world import caption, vary_caption
 
 UNET_CONFIG = UNetConfig(
-    block_out_channels=(64, 128, 192, 192),
+    block_out_channels=(32, 64, 128, 128),
     layers_per_block=1,
-    heads=(2, 4, 6, 6),
+    heads=(1, 2, 4, 4),
     cross_attention_dim=128,
-    norm_groups=16,
+    norm_groups=8,
     sample_size=32,
 )
 SCHEDULE_CONFIG = ScheduleConfig(
@@ -56,7 +56,7 @@ def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
         vocab_size=len(tokenizer),
         hidden_size=UNET_CONFIG.cross_attention_dim,
         intermediate_size=4 * UNET_CONFIG.cross_attention_dim,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=77,
         projection_dim=UNET_CONFIG.cross_attention_dim,
@@ -126,9 +126,9 @@ def prepare(folder: Path, count: int, device: str) -> tuple[Tensor, VAE]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
-    parser.add_argument("--scenes", type=int, default=12_000)
-    parser.add_argument("--small-steps", type=int, default=6000, help="steps on 16x16 latents")
-    parser.add_argument("--steps", type=int, default=1500, help="further steps on 32x32 latents")
+    parser.add_argument("--scenes", type=int, default=10_000)
+    parser.add_argument("--small-steps", type=int, default=4500, help="steps on 16x16 latents")
+    parser.add_argument("--steps", type=int, default=1600, help="further steps on 32x32 latents")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -145,13 +145,14 @@ def main(argv: list[str] | None = None) -> None:
     def loss_at(step: int, small: bool) -> dict[str, Tensor]:
         rng = np.random.default_rng([2, int(small), step])
         generator = torch.Generator().manual_seed(2 * step + small)
-        chosen = rng.choice(len(latents), args.batch, replace=False)
+        batch = args.batch if small else args.batch // 2
+        chosen = rng.choice(len(latents), batch, replace=False)
         prompts = ["" if rng.random() < DROP_TEXT else vary_caption(scenes[i], rng) for i in chosen]
         x_0 = latents[chosen]
         if small:
             x_0 = F.avg_pool2d(x_0, 2)
         # One timestep from each of `batch` equal parts of the schedule: the same mean with less variance.
-        t = ((torch.arange(args.batch) + torch.rand(args.batch, generator=generator)) * 1000 / args.batch).long()
+        t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) * 1000 / batch).long()
         alpha = alphas_cumprod[t].sqrt().float()[:, None, None, None]
         sigma = (1 - alphas_cumprod[t]).sqrt().float()[:, None, None, None]
         noise = torch.randn(x_0.shape, generator=generator)

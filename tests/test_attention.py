@@ -62,7 +62,7 @@ def test_plan_without_reuse_is_bit_identical_to_no_plan_and_stores_nothing(unet:
 
 
 def reference_attention(recorded: dict[str, Tensor], module: Attention, record: bool) -> Callable[..., Tensor]:
-    """Attention written out with einsum, keeping or applying maps in a dictionary: the mechanism in its naivest form."""
+    """Attention written out with einsum, keeping or applying maps in a dictionary: the mechanism at its plainest."""
 
     def forward(x: Tensor, context: Tensor | None = None, step: object = None, cache: object = None) -> Tensor:
         context = x if context is None else context

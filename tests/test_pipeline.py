@@ -1,0 +1,206 @@
+"""The whole pipeline: against diffusers' from the same initial latents, and against itself in other company."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from conftest import relative_error
+
+import minireuse
+from minireuse.policies import hurry, select
+from minireuse.reuse import PlanError, ReuseCache, ReusePlan
+from minireuse.samplers import SAMPLERS
+
+PROMPTS = ["a large red circle on a blue background", "a small green star"]
+
+
+def reference_latents(folder: Path, sampler: str, guidance_scale: float, latents: torch.Tensor) -> torch.Tensor:
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    config = dict(pipe.scheduler.config)
+    one = config.pop("set_alpha_to_one")
+    if sampler == "plms":
+        pipe.scheduler = diffusers.PNDMScheduler.from_config(config, skip_prk_steps=True, set_alpha_to_one=one)
+    if sampler == "dpmpp_2m":
+        # Its "leading" timesteps are those of one step more, unlike all other schedulers'; "trailing" ones are alike.
+        config |= {"timestep_spacing": "trailing", "final_sigmas_type": "zero" if one else "sigma_min"}
+        pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config, lower_order_final=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        PROMPTS,
+        negative_prompt=["a cross", "a cross"],
+        num_inference_steps=10,
+        guidance_scale=guidance_scale,
+        latents=latents,
+        output_type="latent",
+    ).images
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpmpp_2m"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_pipeline_equals_diffusers(
+    model_folder: Path, v_model_folder: Path, prediction_type: str, sampler: str, guidance_scale: float
+) -> None:
+    if (prediction_type, sampler) == ("v_prediction", "plms"):
+        pytest.skip("diffusers' PNDM extrapolates v where PLMS is defined on eps")
+    folder = model_folder if prediction_type == "epsilon" else v_model_folder
+    pipe = minireuse.load(folder, device="cpu")
+    if sampler == "dpmpp_2m":
+        pipe.schedule = replace(pipe.schedule, spacing="trailing")
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    result = pipe.generate(
+        PROMPTS, negative_prompts="a cross", steps=10, sampler=sampler, guidance_scale=guidance_scale, latents=latents
+    )
+    assert relative_error(result.latents, reference_latents(folder, sampler, guidance_scale, latents)) < 1e-4
+
+
+def test_images_are_the_decoded_latents(pipeline: minireuse.Pipeline, model_folder: Path) -> None:
+    result = pipeline.generate(PROMPTS, steps=3)
+    vae = diffusers.AutoencoderKL.from_pretrained(model_folder, subfolder="vae")
+    with torch.no_grad():
+        pixels = vae.decode(result.latents / vae.config.scaling_factor).sample
+    expected = pixels.clamp(-1, 1).add(1).mul(127.5).permute(0, 2, 3, 1)
+    assert result.images.shape == (2, 16, 16, 3)
+    torch.testing.assert_close(torch.from_numpy(result.images).float(), expected, atol=0.51, rtol=0)
+
+
+def test_all_false_plan_is_bit_identical_to_no_plan(pipeline: minireuse.Pipeline) -> None:
+    plain = pipeline.generate(PROMPTS, steps=4)
+    nothing = pipeline.generate(PROMPTS, steps=4, plan=ReusePlan.stepwise([False] * 4, pipeline.sites))
+    assert torch.equal(plain.latents, nothing.latents)
+    assert nothing.cache_peak_bytes == 0
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_an_image_depends_on_its_own_seed_alone(pipeline: minireuse.Pipeline, sampler: str) -> None:
+    settings = {"steps": 4, "sampler": sampler, "guidance_scale": 1.0}
+    plan = hurry(pipeline.calls(sampler, 4), select(pipeline.sites))
+    batch = pipeline.generate([*PROMPTS, PROMPTS[0]], seeds=[0, 7, 8], plan=plan, **settings)
+    alone = pipeline.generate(PROMPTS[1], seeds=7, plan=plan, **settings)
+    # Matrix products may sum in another order for another batch size, hence not always to the last bit.
+    assert relative_error(alone.latents[0], batch.latents[1]) < 1e-5
+    assert not torch.allclose(batch.latents[0], batch.latents[2], atol=1e-2)
+
+
+def test_generations_do_not_see_each_other(pipeline: minireuse.Pipeline) -> None:
+    plan = hurry(6, select(pipeline.sites), k=3)
+    first = pipeline.generate(PROMPTS, steps=6, plan=plan)
+    pipeline.generate(PROMPTS[::-1], seeds=5, steps=6, plan=plan)
+    assert torch.equal(first.latents, pipeline.generate(PROMPTS, steps=6, plan=plan).latents)
+
+
+def test_explicit_attention_gives_the_same_image(pipeline: minireuse.Pipeline) -> None:
+    fused, explicit = (pipeline.generate(PROMPTS, steps=4, attention=a).latents for a in ("fused", "explicit"))
+    torch.testing.assert_close(fused, explicit, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("sampler", "calls"), [("ddim", 6), ("plms", 7), ("dpm_solver_3", 18), ("dpmpp_2s", 12)])
+def test_plans_are_counted_in_calls_not_steps(pipeline: minireuse.Pipeline, sampler: str, calls: int) -> None:
+    assert pipeline.calls(sampler, 6) == calls
+    result = pipeline.generate(PROMPTS[0], steps=6, sampler=sampler, plan=hurry(calls, select(pipeline.sites)))
+    assert result.calls == calls
+    with pytest.raises(PlanError, match=f"5 U-Net calls but sampler {sampler} makes {calls}"):
+        pipeline.generate(PROMPTS[0], steps=6, sampler=sampler, plan=hurry(5, select(pipeline.sites)))
+
+
+def test_image_to_image_starts_from_the_noised_image(pipeline: minireuse.Pipeline) -> None:
+    image = torch.rand(1, 3, 16, 16) * 2 - 1
+    near = pipeline.generate(PROMPTS[0], steps=10, init_images=image, strength=0.1, guidance_scale=1)
+    assert near.calls == 1
+    clean = pipeline.vae.encode(image)
+    t = pipeline.schedule.timesteps(10)[-1]
+    noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
+    start = pipeline.schedule.alpha(t) * clean + pipeline.schedule.sigma(t) * noise
+    with torch.no_grad():
+        eps = pipeline.unet(start, t, pipeline.text.encode(PROMPTS[:1]))
+    x_0 = (start - pipeline.schedule.sigma(t) * eps) / pipeline.schedule.alpha(t)
+    expected = pipeline.schedule.alpha(-1) * x_0 + pipeline.schedule.sigma(-1) * eps
+    torch.testing.assert_close(near.latents, expected, atol=1e-4, rtol=1e-4)
+    assert pipeline.generate(PROMPTS[0], steps=10, init_images=image, strength=1.0).calls == 10
+
+
+def test_eta_adds_noise_to_ddim_only(pipeline: minireuse.Pipeline) -> None:
+    quiet, noisy = (pipeline.generate(PROMPTS[0], steps=4, eta=eta).latents for eta in (0.0, 1.0))
+    assert not torch.allclose(quiet, noisy, atol=1e-2)
+    again = pipeline.generate(PROMPTS[0], steps=4, eta=1.0).latents
+    assert torch.equal(noisy, again)
+
+
+def test_steps_are_reported_as_they_happen(pipeline: minireuse.Pipeline) -> None:
+    seen = []
+    result = pipeline.generate(PROMPTS[0], steps=4, on_step=seen.append)
+    assert [s.call for s in seen] == [0, 1, 2, 3]
+    assert torch.equal(seen[-1].x, result.latents)
+
+
+def test_half_precision_keeps_latents_in_float32(model_folder: Path) -> None:
+    pipe = minireuse.load(model_folder, device="cpu", dtype="bfloat16")
+    result = pipe.generate(PROMPTS[0], steps=3, plan=hurry(3, select(pipe.sites)))
+    assert pipe.dtype == torch.bfloat16
+    assert result.latents.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sampler": "ddpm"}, "sampler is 'ddpm', expected one of ddim"),
+        ({"steps": 0}, "steps is 0"),
+        ({"height": 20}, "height is 20, expected a multiple of 8 such as 16 or 24"),
+        ({"width": 4}, "width is 4, expected a multiple of 8 such as 8 or 16"),
+        ({"attention": "flash"}, "attention is 'flash'"),
+        ({"seeds": [0, 1, 2]}, "prompts has 2 entries for a batch of 3"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, "latents have shape"),
+        ({"init_images": torch.zeros(2, 3, 16, 16), "strength": 0.0}, "strength is 0.0"),
+        ({"prompts": []}, "prompts has 0 entries"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(
+    pipeline: minireuse.Pipeline, arguments: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline.generate(**({"prompts": PROMPTS, "steps": 2} | arguments))  # type: ignore[arg-type]
+
+
+def test_plan_of_another_model_and_used_cache_are_refused(pipeline: minireuse.Pipeline) -> None:
+    foreign = ReusePlan.from_json('{"format": "minireuse-plan", "calls": 2, "sites": {"map": {"x.attn1": ".#"}}}')
+    with pytest.raises(PlanError, match=r"x\.attn1"):
+        pipeline.generate(PROMPTS, steps=2, plan=foreign)
+    cache = ReuseCache()
+    step = hurry(2, select(pipeline.sites)).step(0)
+    pipeline.unet(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 77, 32), step, cache)
+    with pytest.raises(ValueError, match="clear"):
+        pipeline.generate(PROMPTS, steps=2, cache=cache)
+
+
+def test_broken_numbers_are_named_not_painted(model_folder: Path) -> None:
+    pipe = minireuse.load(model_folder, device="cpu")
+    pipe.unet.conv_out.bias[0] = torch.nan
+    with pytest.raises(ValueError, match=r"sampling in torch\.float32 gave NaN"):
+        pipe.generate(PROMPTS[0], steps=2)
+    pipe.unet.conv_out.bias[0] = 0.0
+    pipe.vae.decoder.conv_out.bias[0] = torch.inf
+    with pytest.raises(ValueError, match="VAE gave NaN or inf"):
+        pipe.generate(PROMPTS[0], steps=2)
+
+
+def test_load_refuses_unknown_devices_and_dtypes(model_folder: Path) -> None:
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        minireuse.load(model_folder, dtype="int8")
+    with pytest.raises(ValueError, match="device 'abacus'"):
+        minireuse.load(model_folder, device="abacus")
+    with pytest.raises(ValueError, match="prediction_type is 'x'"):
+        minireuse.load(model_folder, prediction_type="x")
+    assert minireuse.load(model_folder, prediction_type="v_prediction").schedule.prediction_type == "v_prediction"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_same_image_as_cpu(model_folder: Path, pipeline: minireuse.Pipeline) -> None:
+    plan = hurry(4, select(pipeline.sites))
+    on_gpu = minireuse.load(model_folder, device="cuda", dtype="float32").generate(PROMPTS, steps=4, plan=plan)
+    torch.testing.assert_close(
+        on_gpu.latents.cpu(), pipeline.generate(PROMPTS, steps=4, plan=plan).latents, atol=1e-2, rtol=1e-2
+    )

@@ -1,0 +1,209 @@
+"""The command line, called as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import minireuse
+from minireuse import sample
+from minireuse.policies import hurry, select
+
+
+@pytest.fixture
+def run(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run the command line on the tiny model inside an empty folder. Returns (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: str, prompt: str | None = "a red circle", model: Path | None = model_folder) -> tuple[int, str, str]:
+        common = ["--model", str(model), "--device", "cpu"] if model else []
+        prompts = ["--prompt", prompt] if prompt is not None else []
+        try:
+            status = sample.main([*prompts, *common, "--steps", "4", *argv])
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def test_one_image_and_its_json(run, tmp_path: Path, pipeline: minireuse.Pipeline) -> None:
+    status, out, err = run("--policy", "hurry", "--seed", "3", "--out", "a.png", "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    assert set(report) == {
+        *("images", "seconds", "seconds_total", "calls", "reused", "cache_peak_bytes", "plan", "policy", "sampler"),
+        *("steps", "seeds", "model"),
+    }
+    assert report["images"] == ["a.png"]
+    assert (report["calls"], report["reused"], report["plan"], report["seeds"]) == (4, 2, "..##", [3])
+    assert 0 < report["seconds"] < report["seconds_total"]
+    plan = hurry(4, select(pipeline.sites))
+    expected = pipeline.generate("a red circle", seeds=3, steps=4, plan=plan)
+    assert report["cache_peak_bytes"] == expected.cache_peak_bytes
+    with Image.open(tmp_path / "a.png") as image:
+        assert np.array_equal(np.array(image), expected.images[0])
+        assert image.text["prompt"] == "a red circle"
+        assert (image.text["seed"], image.text["sampler"], image.text["size"]) == ("3", "ddim", "16x16")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]  # nothing half-written stays behind
+
+
+def test_several_images_fill_a_folder_prompts_first_then_seeds(run, tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("a star\n\na heart\n")
+    status, out, _ = run(
+        *(
+            "--prompts-file",
+            "more.txt",
+            "--seed",
+            "5",
+            "--num-images",
+            "2",
+            "--batch-size",
+            "4",
+            "--out",
+            "many",
+            "--json",
+        )
+    )
+    assert status == 0
+    assert json.loads(out)["images"] == [f"many/{i:05d}.png" for i in range(6)]
+    assert json.loads(out)["seeds"] == [5, 6]
+    told = []
+    for path in sorted((tmp_path / "many").iterdir()):
+        with Image.open(path) as image:
+            told.append((image.text["prompt"], image.text["seed"]))
+    assert told == [(p, s) for p in ("a red circle", "a star", "a heart") for s in ("5", "6")]
+
+
+def test_nothing_is_overwritten_unless_asked(run, tmp_path: Path) -> None:
+    for seed, options in (("0", ()), ("1", ()), ("2", ("--overwrite",))):
+        assert run("--out", "a.png", "--seed", seed, "--quiet", *options)[0] == 0
+    seeds = {}
+    for path in tmp_path.iterdir():
+        with Image.open(path) as image:
+            seeds[path.name] = image.text["seed"]
+    assert seeds == {"a.png": "2", "a-1.png": "1"}
+    for _ in range(2):
+        run("--num-images", "2", "--out", "f", "--quiet")
+    assert sorted(p.name for p in (tmp_path / "f").iterdir()) == [f"{i:05d}.png" for i in range(4)]
+
+
+def test_summary_bar_and_quiet(run) -> None:
+    _, out, err = run("--policy", "interval", "--reuse", "1")
+    assert out.endswith("out.png\n")
+    assert "4 calls (1 reused)" in out
+    assert "..#." in err or "...#" in err  # the plan, in the progress bar
+    assert run("--quiet") == (0, "", "")
+
+
+def test_plan_file_kinds_and_sites(run, tmp_path: Path, pipeline: minireuse.Pipeline) -> None:
+    plan = hurry(4, select(pipeline.sites, "cross", "out"), k=1)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    from_file = json.loads(run("--policy", "plan.json", "--out", "a.png", "--json")[1])
+    named_options = ("--policy", "hurry", "--reuse", "1", "--sites", "cross", "--kind", "out")
+    named = json.loads(run(*named_options, "--out", "b.png", "--json")[1])
+    assert (from_file["plan"], from_file["reused"]) == ("...#", 1)
+    assert from_file["cache_peak_bytes"] == named["cache_peak_bytes"] > 0
+    with Image.open(tmp_path / "a.png") as a, Image.open(tmp_path / "b.png") as b:
+        assert np.array_equal(np.array(a), np.array(b))
+    mixed = plan | hurry(4, select(pipeline.sites, "self"), k=2)
+    (tmp_path / "mixed.json").write_text(mixed.to_json())
+    assert json.loads(run("--policy", "mixed.json", "--json")[1])["plan"] is None
+
+
+def test_every_option_reaches_the_pipeline(run, tmp_path: Path, pipeline: minireuse.Pipeline) -> None:
+    Image.fromarray(np.full((16, 24, 3), 128, dtype=np.uint8)).save(tmp_path / "init.png")
+    options = (
+        "--negative-prompt cross --sampler ddim --guidance-scale 3 --eta 0.5 --attention explicit --width 24"
+        " --height 16 --init-image init.png --strength 0.5 --cache-dtype bfloat16 --policy hurry --out a.png"
+    )
+    status, _, err = run(*options.split(), "--json")
+    assert status == 0, err
+    gray = torch.full((1, 3, 16, 24), 128 / 127.5 - 1)
+    expected = pipeline.generate(
+        *("a red circle",),
+        negative_prompts="cross",
+        steps=4,
+        guidance_scale=3,
+        eta=0.5,
+        attention="explicit",
+        init_images=gray,
+        strength=0.5,
+        plan=hurry(2, select(pipeline.sites)),
+        cache=minireuse.reuse.ReuseCache(torch.bfloat16),
+    )
+    with Image.open(tmp_path / "a.png") as image:
+        assert np.array_equal(np.array(image), expected.images[0])
+        assert image.text["cache_dtype"] == "bfloat16"
+
+
+def test_long_prompts_and_phast_say_what_they_do(run) -> None:
+    status, out, err = run("--policy", "phast", "--json", prompt="a " * 100 + "red circle")
+    assert status == 0
+    assert json.loads(out)["plan"] == "..##"
+    assert "falls back to hurry" in err
+    assert "at most 77" in err
+    assert "red circle" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--policy", "hurried"), "--policy is 'hurried'"),
+        (("--policy", "hurry", "--reuse", "4"), "k is 4 reuse calls of 4, expected 0 to 3"),
+        (("--num-images", "2", "--out", "a.png"), "one file for 2 images"),
+        (("--out", "a.jpg"), "neither a .png file nor a folder"),
+        (("--num-images", "0"), "--num-images is 0"),
+        (("--seed", "1", "2", "--num-images", "2"), "several seeds"),
+        (("--seed", "-1"), "--seed is -1"),
+        (("--batch-size", "0"), "--batch-size is 0"),
+        (("--width", "17"), "width is 17"),
+        (("--init-image", "missing.png"), "missing.png"),
+        (("--prompts-file", "missing.txt"), "missing.txt"),
+        (("--steps", "0"), "steps is 0"),
+        (("--sampler", "none"), "invalid choice"),
+        (("--dtype", "int8"), "invalid choice"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(run, tmp_path: Path, argv: tuple[str, ...], message: str) -> None:
+    status, out, err = run(*argv)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.rglob("*.png")) + list(tmp_path.rglob("*.part"))
+
+
+def test_bad_files_are_named(run, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    (tmp_path / "text.png").write_text("not a picture")
+    assert "minireuse-plan" in run("--policy", "plan.json")[2]
+    assert "not an image" in run("--init-image", "text.png")[2]
+    assert "no model at nowhere" in run(model=Path("nowhere"))[2]
+    assert "no prompt given" in run(prompt=None)[2]
+
+
+def test_interruption_is_quiet_and_leaves_no_file(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(minireuse.pipeline.Pipeline, "generate", interrupt)
+    status, out, err = run("--out", "a.png", "--quiet")
+    assert (status, out, err) == (130, "", "interrupted\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_module_is_runnable(model_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "minireuse.sample", "--model", str(model_folder), "--prompt", "a star"]
+    done = subprocess.run(
+        [*command, "--steps", "2", "--device", "cpu", "--quiet"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "out.png").exists()
