@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTokenizer
@@ -27,7 +26,7 @@ from minireuse.vae import VAE
 from data import pictures, scene_at
 from make_tokenizer import make_tokenizer
 from train_vae import CONFIG as VAE_CONFIG
-from train_vae import to_tensor
+from train_vae import save_grid, to_tensor
 from trainer import EMA, train
 from world import caption, vary_caption
 
@@ -131,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=1600, help="further steps on 32x32 latents")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--samples", type=int, default=16, help="pictures to look at now and then; 0 is none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
 
@@ -162,13 +162,14 @@ def main(argv: list[str] | None = None) -> None:
         return {"loss": F.mse_loss(v, target.to(args.device))}
 
     def report(name: str, step: int, side: int) -> dict[str, float]:
-        prompts = [caption(scene_at(3, i)) for i in range(16)]
+        if not args.samples:
+            return {}
+        prompts = [caption(scene_at(3, i)) for i in range(args.samples)]
         x = ddim(model, prompts, side, alphas_cumprod, args.device)
         if side < 32:  # the decoder only knows full-size latents
             x = F.interpolate(x, scale_factor=2, mode="bilinear")
         images = torch.cat([vae.decode(row.cpu()) for row in x.split(4)]).clamp(-1, 1)
-        grid = images.reshape(2, 8, 3, *images.shape[2:]).permute(0, 3, 1, 4, 2).reshape(2 * images.shape[2], -1, 3)
-        Image.fromarray(((grid + 1) * 127.5).round().byte().numpy()).save(args.out / f"{name}-{step:05d}.png")
+        save_grid(images, args.out / f"{name}-{step:05d}.png")
         return {}
 
     train(

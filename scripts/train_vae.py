@@ -14,6 +14,7 @@ from minireuse.config import VAEConfig
 from minireuse.vae import VAE
 
 from data import pictures
+from einops import rearrange
 from trainer import train
 
 # Norm groups of 4 and 8 channels: with SD's 32 groups they would hold a single channel here, and normalising each
@@ -46,6 +47,12 @@ def crops(images: np.ndarray, step: int, steps: int) -> Tensor:
     )
 
 
+def save_grid(images: Tensor, path: Path) -> None:
+    """Write images in rows of eight. Shapes: (B, 3, H, W) in -1 ... 1, B a multiple of 8."""
+    grid = rearrange(images, "(rows eight) c h w -> (rows h) (eight w) c", eight=8)
+    Image.fromarray(((grid + 1) * 127.5).round().byte().numpy()).save(path)
+
+
 def psnr(vae: VAE, images: np.ndarray) -> float:
     """Mean reconstruction PSNR in dB, from the posterior's mean, over whole images."""
     values = []
@@ -59,8 +66,9 @@ def psnr(vae: VAE, images: np.ndarray) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--images", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--images", type=int, default=6000)
+    parser.add_argument("--samples", type=int, default=8, help="reconstructions to look at now and then; 0 is none")
     args = parser.parse_args(argv)
 
     images = pictures(args.out, args.images)
@@ -79,10 +87,10 @@ def main(argv: list[str] | None = None) -> None:
         return {"loss": mse + 0.5 * mae + KL_WEIGHT * kl, "mse": mse, "mae": mae, "kl": kl}
 
     def report(step: int) -> dict[str, float]:
-        x = to_tensor(np.array(unseen[:8]))
-        pairs = torch.cat([x, vae.decode(vae.encode(x))]).clamp(-1, 1)
-        grid = pairs.reshape(2, 8, 3, *x.shape[2:]).permute(0, 3, 1, 4, 2).reshape(2 * x.shape[2], -1, 3)
-        Image.fromarray(((grid + 1) * 127.5).round().byte().numpy()).save(args.out / f"vae-{step:05d}.png")
+        if not args.samples:
+            return {}
+        x = to_tensor(np.array(unseen[: args.samples]))
+        save_grid(torch.cat([x, vae.decode(vae.encode(x))]).clamp(-1, 1), args.out / f"vae-{step:05d}.png")
         return {"psnr_unseen": psnr(vae, unseen[:32])}
 
     train("vae", args.out, vae, loss, steps=args.steps, peak_lr=2e-3, ema_decay=0.995, report=report, report_every=250)

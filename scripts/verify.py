@@ -94,14 +94,16 @@ def _background(pixels: Array, border: Array, middle: Array) -> Array:
     height, width = border.shape
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j].astype(np.float32)
     basis = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
-    known = border & (np.linalg.norm(pixels - middle, axis=-1) < 60)
-    for reach in (30, 20, 15):  # what the surface explains joins in; shadows and objects stay out
-        coefficients, *_ = np.linalg.lstsq(basis[known], pixels[known], rcond=None)
-        surface = basis @ coefficients
+    surface = np.broadcast_to(middle, pixels.shape)
+    for reach in (60, 30, 20, 15):  # what the surface explains joins in; shadows and objects stay out
         known = np.linalg.norm(pixels - surface, axis=-1) < reach
+        if reach == 60:
+            known &= border
         known[1::2] = False  # every other row will do
         if known.sum() < 100:
             break
+        coefficients, *_ = np.linalg.lstsq(basis[known], pixels[known], rcond=None)
+        surface = basis @ coefficients
     return surface
 
 
@@ -157,7 +159,7 @@ def _shrink(mask: Array) -> Array:
 
 def _close(mask: Array) -> Array:
     """Close gaps of up to two pixels, which a stripe that resembles the background may leave."""
-    return _shrink(_grow(mask)) | mask
+    return mask | _shrink(_grow(mask))
 
 
 # --- what it is ------------------------------------------------------------------------------------------------------
@@ -173,10 +175,10 @@ def _look(pixels: Array, strength: Array, part: Array) -> Found:
     # An edge lies where half of the object's contrast is reached, however blurred it is. Stripes have contrasts of
     # their own, and run along the diagonals on which x + y is constant.
     diagonal = np.add.outer(np.arange(part.shape[0]), np.arange(part.shape[1]))
-    contrast = np.full(diagonal.max() + 1, strength[core].mean())
-    pixels_on = np.bincount(diagonal[core], minlength=len(contrast))
-    contrast[pixels_on > 0] = (np.bincount(diagonal[core], strength[core], len(contrast)) / np.maximum(pixels_on, 1))[pixels_on > 0]
-    shape, x, y, radius = _fit(_close(part & (strength > np.maximum(FOREGROUND, 0.5 * contrast[diagonal]))))
+    count = np.bincount(diagonal[core], minlength=diagonal.max() + 1)
+    total = np.bincount(diagonal[core], strength[core], diagonal.max() + 1)
+    contrast = np.where(count > 0, total / np.maximum(count, 1), strength[core].mean())[diagonal]
+    shape, x, y, radius = _fit(_close(part & (strength > np.maximum(FOREGROUND, 0.5 * contrast))))
     fill, colour = _paint(pixels, core)
     size = "large" if radius > BETWEEN_SIZES else "small"
     return Found(shape, colour, size, fill, float(left + x), float(top + y), int(part.sum()))

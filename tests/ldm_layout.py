@@ -53,7 +53,7 @@ def unused(sizes: Sizes) -> Shapes:
     tables = ["betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"]
     tables += ["log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"]
     tables += ["posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"]
-    shapes: Shapes = {name: (1000,) for name in [*tables, "logvar"]}
+    shapes: Shapes = dict.fromkeys([*tables, "logvar"], (1000,))
     shapes |= {"model_ema.decay": (), "model_ema.num_updates": (), "scale_factor": ()}
     shapes |= {"model_ema.diffusion_modelinput_blocks00weight": (sizes.unet[0], LATENT, 3, 3)}
     if not sizes.second:

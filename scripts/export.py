@@ -1,0 +1,83 @@
+"""Write a trained model as a diffusers folder in float16: `python scripts/export.py --run runs/shapes --out weights`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from make_tokenizer import make_tokenizer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from train_unet import SCHEDULE_CONFIG, UNET_CONFIG, Model, prepare
+from train_vae import CONFIG as VAE_CONFIG
+from trainer import EMA
+
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.30.0",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def half(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    return {prefix + key: value.half().contiguous() for key, value in module.state_dict().items()}
+
+
+def write(folder: Path, config: dict, name: str, tensors: dict[str, Tensor] | None = None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(config, indent=2) + "\n")
+    if tensors is not None:
+        stem = "model" if folder.name == "text_encoder" else "diffusion_pytorch_model"
+        save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+
+
+def export(run: Path, out: Path, scenes: int) -> None:
+    tokenizer = make_tokenizer(run / "tokenizer")
+    _, vae = prepare(run, scenes, "cpu")
+    model = Model(tokenizer)
+    state = torch.load(run / "full.pt", weights_only=True, map_location="cpu")
+    model.load_state_dict(state["module"])
+    ema = EMA(model, 0.0)
+    ema.values = state["ema"]
+    ema.copy_to(model)
+
+    write(out, INDEX, "model_index.json")
+    write(out / "unet", UNET_CONFIG.to_diffusers(), "config.json", half(model.unet))
+    write(out / "vae", VAE_CONFIG.to_diffusers(), "config.json", half(vae))
+    write(out / "scheduler", SCHEDULE_CONFIG.to_diffusers(), "scheduler_config.json")
+    text = model.text.model
+    # Published checkpoints hold the transformer under this prefix, as transformers did before version 5.
+    prefix = "" if next(iter(text.state_dict())).startswith("text_model.") else "text_model."
+    text_config = text.config.to_diff_dict() | {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+    text_config.pop("transformers_version", None)
+    text_config.pop("dtype", None)
+    write(out / "text_encoder", text_config, "config.json", half(text, prefix))
+    shutil.copytree(run / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("runs/shapes"))
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--scenes", type=int, default=10_000, help="as in training")
+    args = parser.parse_args(argv)
+    if args.out.exists() and any(args.out.iterdir()):
+        raise SystemExit(f"error: {args.out} is not empty; name a new folder, or remove it first")
+    export(args.run, args.out, args.scenes)
+    size = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file())
+    print(f"{args.out}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The model that ships: it shows its prompts, loads everywhere, and survives reuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import relative_error
+from data import scene_at
+from train_vae import psnr
+from transformers import CLIPTokenizer
+from verify import score
+from world import COLOURS, FILLS, RELATIONS, SHAPES, SIZES, caption, render
+
+import minireuse
+from minireuse.pipeline import shipped_model
+from minireuse.policies import hurry, select
+
+UNSEEN = [scene_at(7, i) for i in range(16)]
+PROMPT = "a large red circle above a small blue star on a yellow background"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> minireuse.Pipeline:
+    return minireuse.load(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def full(pipe: minireuse.Pipeline) -> np.ndarray:
+    return pipe.generate([caption(s) for s in UNSEEN], seeds=list(range(16))).images
+
+
+def image_psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2)))
+
+
+def test_folder_is_small_and_complete() -> None:
+    files = [p for p in shipped_model().rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 40e6
+    assert {p.suffix for p in files} <= {".json", ".txt", ".safetensors", ".md"}
+
+
+def test_pictures_show_their_prompts(full: np.ndarray) -> None:
+    assert score(list(full), UNSEEN)["attributes"] >= 0.85
+
+
+def test_reuse_keeps_the_picture(pipe: minireuse.Pipeline, full: np.ndarray) -> None:
+    plan = hurry(20, select(pipe.sites), k=10)
+    reused = pipe.generate([caption(s) for s in UNSEEN[:8]], seeds=list(range(8)), plan=plan)
+    assert reused.cache_peak_bytes > 0
+    assert np.mean([image_psnr(a, b) for a, b in zip(reused.images, full[:8], strict=True)]) > 25
+    assert score(list(reused.images), UNSEEN[:8])["attributes"] >= 0.85
+
+
+def test_vae_reconstructs_unseen_scenes(pipe: minireuse.Pipeline) -> None:
+    assert psnr(pipe.vae, np.stack([render(s) for s in UNSEEN])) >= 30
+
+
+def test_diffusers_loads_it_unchanged_and_agrees(pipe: minireuse.Pipeline) -> None:
+    reference = diffusers.StableDiffusionPipeline.from_pretrained(shipped_model(), torch_dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = reference(PROMPT, num_inference_steps=5, latents=latents, output_type="latent").images
+    assert relative_error(pipe.generate(PROMPT, steps=5, latents=latents).latents, expected) < 1e-4
+
+
+def test_the_same_seed_gives_the_same_image_alone_or_in_a_batch(pipe: minireuse.Pipeline) -> None:
+    plan = hurry(4, select(pipe.sites))
+    batch = pipe.generate([PROMPT, "a star", "a pink ring"], seeds=[3, 4, 5], steps=4, plan=plan).latents
+    alone = pipe.generate("a star", seeds=4, steps=4, plan=plan).latents
+    assert relative_error(alone[0], batch[1]) < 1e-5
+
+
+def test_every_word_of_the_vocabulary_is_one_token() -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(Path(shipped_model()) / "tokenizer")
+    for word in " ".join([*COLOURS, *SHAPES, *SIZES, *FILLS, *RELATIONS, "background"]).split():
+        assert len(tokenizer(word)["input_ids"]) == 3, word
+    assert tokenizer.model_max_length == 77

@@ -1,0 +1,103 @@
+"""The trainer: interrupted runs equal unbroken ones, and the whole chain from scenes to a loadable folder runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import export
+import numpy as np
+import pytest
+import torch
+import train_unet
+import train_vae
+from torch import Tensor, nn
+from trainer import EMA, learning_rate, train
+
+import minireuse
+from minireuse.vae import VAE
+
+
+def fit(folder: Path, stop_at: int | None = None) -> nn.Module:
+    """Fit a line to noisy data; `stop_at` raises in the middle of a run, as a kill would."""
+    torch.manual_seed(0)
+    module = nn.Linear(3, 1)
+
+    def loss(step: int) -> dict[str, Tensor]:
+        if step == stop_at:
+            raise KeyboardInterrupt
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 3, generator=generator)
+        return {"loss": (module(x) - x.sum(1, keepdim=True)).square().mean()}
+
+    train("line", folder, module, loss, steps=40, peak_lr=0.1, ema_decay=0.9, save_every=10)
+    return module
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    unbroken = fit(tmp_path / "a")
+    for stop in (3, 17, 30, 38):
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path / "b", stop_at=stop)
+    resumed = fit(tmp_path / "b")
+    assert torch.equal(unbroken.weight, resumed.weight)
+    assert torch.equal(unbroken.bias, resumed.bias)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_learning_rate_warms_up_and_falls() -> None:
+    rates = [learning_rate(step, 1000, 1.0) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[99] == 1.0
+    assert rates[549] == pytest.approx(0.51, abs=0.01)
+    assert rates[-1] == pytest.approx(0.02, abs=1e-3)
+
+
+def test_average_follows_the_parameters() -> None:
+    module = nn.Linear(1, 1, bias=False)
+    ema = EMA(module, 0.5)
+    with torch.no_grad():
+        module.weight.fill_(4.0)
+        ema.values["weight"].fill_(0.0)
+    ema.update(module, step=1000)
+    assert ema.values["weight"].item() == 2.0
+
+
+def test_standardised_latents_have_mean_0_and_variance_1_and_decode_alike() -> None:
+    torch.manual_seed(0)
+    vae = VAE(train_vae.CONFIG).eval()
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        before, (_, spread) = vae.encode(images), vae.moments(images)
+        decoded = vae.decode(before)
+        mean, std = before.mean(dim=(0, 2, 3)), before.std(dim=(0, 2, 3))
+        train_unet.standardise(vae, mean, std)
+        after, (_, spread_after) = vae.encode(images), vae.moments(images)
+        torch.testing.assert_close(after.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+        torch.testing.assert_close(after.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
+        torch.testing.assert_close(vae.decode(after), decoded, atol=1e-4, rtol=1e-4)
+        expected = torch.exp(0.5 * spread) / std[:, None, None]
+        torch.testing.assert_close(torch.exp(0.5 * spread_after), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_crops_are_parts_of_the_images() -> None:
+    images = np.random.default_rng(0).integers(0, 256, size=(20, 128, 128, 3), dtype=np.uint8)
+    early, late = train_vae.crops(images, 0, 100), train_vae.crops(images, 90, 100)
+    assert early.shape == (16, 3, 64, 64)
+    assert late.shape == (4, 3, 128, 128)
+    whole = {train_vae.to_tensor(i[None]).numpy().tobytes() for i in images}
+    assert all(x[None].contiguous().numpy().tobytes() in whole for x in late)
+
+
+def test_the_chain_from_scenes_to_a_folder_that_loads(tmp_path: Path) -> None:
+    run = ["--out", str(tmp_path / "run")]
+    train_vae.main([*run, "--steps", "1", "--images", "32", "--samples", "0"])
+    options = ["--scenes", "32", "--small-steps", "1", "--steps", "1", "--samples", "0", "--batch", "4"]
+    train_unet.main([*run, *options, "--device", "cpu"])
+    folder = tmp_path / "model"
+    export.main(["--run", str(tmp_path / "run"), "--out", str(folder), "--scenes", "32"])
+    with pytest.raises(SystemExit, match="not empty"):
+        export.main(["--run", str(tmp_path / "run"), "--out", str(folder), "--scenes", "32"])
+    result = minireuse.load(folder, device="cpu").generate("a red circle", steps=2)
+    assert result.images.shape == (1, 128, 128, 3)
+    assert diffusers.StableDiffusionPipeline.from_pretrained(folder).unet.config.sample_size == 32
