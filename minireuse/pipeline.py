@@ -14,7 +14,7 @@ from torch import Tensor
 from minireuse import checkpoint
 from minireuse.config import PREDICTION_TYPES
 from minireuse.guidance import guided_denoise
-from minireuse.reuse import PlanError, ReuseCache, ReusePlan, Site
+from minireuse.reuse import ReuseCache, ReusePlan, Site
 from minireuse.samplers import SAMPLERS, Sampler, Step, count_calls
 from minireuse.schedule import Schedule
 from minireuse.text import TextEncoder
@@ -168,13 +168,8 @@ class Pipeline:
             raise ValueError(f"attention is {attention!r}, expected one of {', '.join(ATTENTIONS)}")
         timesteps = self.timesteps(steps, None if init_images is None else strength)
         calls = count_calls(solver, self.schedule, timesteps)
-        plan = ReusePlan.nothing(calls) if plan is None else plan
+        plan = ReusePlan.nothing(calls) if plan is None else plan.on(self.sites)
         plan.check_calls(calls, sampler)
-        if unknown := set(plan.sites) - set(self.sites):
-            raise PlanError(
-                f"the plan names {sorted(unknown)[0]} and {len(unknown) - 1} more sites that this model lacks; "
-                "build the plan from this model's sites"
-            )
         cache = ReuseCache() if cache is None else cache
         if len(cache):
             raise ValueError("the cache still holds tensors of another run; pass a new one or call its clear()")

@@ -55,12 +55,21 @@ def random(calls: int, sites: Iterable[Site], *, k: int | None = None, seed: int
 POLICIES: dict[str, Policy] = {f.__name__: f for f in (none, hurry, phast, early, interval, random)}
 
 
-def select(sites: Iterable[Site], which: str = "both", kind: str = "map") -> tuple[Site, ...]:
-    """The sites of one kind, in self attention, cross attention or both."""
+def select(sites: Iterable[Site], which: str = "both", kind: str = "map", branch: int = 0) -> tuple[Site, ...]:
+    """The sites of one kind, in self attention, cross attention or both; of `deep` the one number `branch`.
+
+    Branch 0 skips most: only the first and the last layer of the U-Net still run (DeepCache, arXiv 2312.00858).
+    """
     wanted = {"self": (False,), "cross": (True,), "both": (False, True)}
     if which not in wanted:
         raise PlanError(f"sites is {which!r}, expected self, cross or both")
-    return tuple(s for s in sites if s.kind == kind and s.is_cross in wanted[which])
+    chosen = [s for s in sites if s.kind == kind]
+    if kind == "deep":
+        branches = sorted(chosen, key=lambda s: s.depth)
+        if not 0 <= branch < len(branches):
+            raise PlanError(f"branch is {branch}, expected 0 to {len(branches) - 1}")
+        return (branches[branch],)
+    return tuple(s for s in chosen if s.is_cross in wanted[which])
 
 
 def _reuse_count(calls: int, k: int | None) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-KINDS = ("map", "out")
+KINDS = ("map", "out", "deep")
 
 
 class PlanError(ValueError):
@@ -31,11 +31,13 @@ class CacheError(RuntimeError):
 class Site:
     """One reusable tensor of the U-Net: the path of the module that makes it, and which of its tensors it is.
 
-    Kinds: `map` is the probabilities after the softmax, `out` the attention's output before the residual.
+    Kinds: `map` is the probabilities after the softmax, `out` the attention's output before the residual, `deep` the
+    feature that enters a layer of the up path: where it is reused, nothing deeper in the U-Net runs.
     """
 
     address: str
     kind: str
+    depth: int = field(default=0, compare=False)  # layers from the U-Net's ends; given by the U-Net
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -45,6 +47,12 @@ class Site:
     def is_cross(self) -> bool:
         """Whether it belongs to cross attention (diffusers' `attn2`) rather than self attention (`attn1`)."""
         return self.address.endswith("attn2")
+
+    def skips(self, other: Site) -> bool:
+        """Whether reusing this site means that the other one is neither computed nor read."""
+        if self.kind == "deep":
+            return other.depth > self.depth
+        return self.kind == "out" and other.kind == "map" and other.address == self.address
 
 
 @dataclass(frozen=True)
@@ -113,14 +121,13 @@ class ReusePlan:
 
     @cached_property
     def _uses(self) -> tuple[np.ndarray, np.ndarray]:
-        """Per call and site: is the cached tensor read, and is the tensor computed? Neither where it is shadowed.
-
-        Where an attention's output is reused its map is neither read nor computed, whatever the map's column says.
-        """
-        out_reused = {s.address: column for s, column in zip(self.sites, self.mask.T, strict=True) if s.kind == "out"}
-        nowhere = np.zeros(self.calls, dtype=bool)
-        shadowed = [out_reused.get(s.address, nowhere) if s.kind == "map" else nowhere for s in self.sites]
-        free = ~np.array(shadowed, dtype=bool).reshape(len(self.sites), self.calls).T
+        """Per call and site: is the cached tensor read, and is it computed? Neither where another reuse skips it."""
+        free = np.ones_like(self.mask)
+        for upper, column in zip(self.sites, self.mask.T, strict=True):
+            if column.any():
+                for i, lower in enumerate(self.sites):
+                    if upper.skips(lower):
+                        free[:, i] &= ~column
         return self.mask & free, ~self.mask & free
 
     @cached_property
@@ -149,6 +156,19 @@ class ReusePlan:
     def step(self, call: int) -> StepPlan:
         """What to do at one call. A site stores only if a later call reads that value."""
         return self._steps[call]
+
+    def on(self, sites: Iterable[Site]) -> ReusePlan:
+        """The same plan over a model's own sites, which know how deep they lie (a plan from a file does not).
+
+        Raises: PlanError where the model lacks a site.
+        """
+        own = {site: site for site in sites}
+        if unknown := [s for s in self.sites if s not in own]:
+            raise PlanError(
+                f"the plan names {unknown[0].kind} of {unknown[0].address} and {len(unknown) - 1} more sites that this "
+                "model lacks; build the plan from this model's sites"
+            )
+        return ReusePlan(self.mask, tuple(own[s] for s in self.sites), self.guided)
 
     def check_calls(self, calls: int, sampler: str) -> None:
         """Raises: PlanError where the plan was made for another number of calls than the sampler makes."""

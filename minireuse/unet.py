@@ -5,8 +5,9 @@ Source: Rombach et al., arXiv 2112.10752; diffusers `models/unets/unet_2d_condit
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -21,25 +22,41 @@ from minireuse.reuse import PLAIN, ReuseCache, Site, StepPlan
 EPS = 1e-5  # of the group norms outside the transformers
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One stop of the walk through the U-Net. Going down, each leaves a skip connection; going up, each takes one."""
+
+    module: nn.Module
+    attention: SpatialTransformer | None = None
+    upsample: Upsample | None = None
+
+    def __call__(self, x: Tensor, time: Tensor, context: Tensor, step: StepPlan, cache: ReuseCache | None) -> Tensor:
+        x = self.module(x, time) if isinstance(self.module, ResnetBlock) else self.module(x)
+        if self.attention is not None:
+            x = self.attention(x, context, step, cache)
+        return x if self.upsample is None else self.upsample(x)
+
+
 class Block(nn.Module):
     """One level of the U-Net: residual blocks, each followed by a transformer if the level has attention.
 
-    Holds modules under the checkpoint's names; the U-Net walks over them, because skip connections cross levels.
+    It only holds modules under the checkpoint's names. The U-Net walks over them, since skip connections cross levels.
     """
 
-    def __init__(self, widths: list[tuple[int, int]], config: UNetConfig, heads: int | None) -> None:
+    def __init__(self, widths: Iterable[tuple[int, int]], config: UNetConfig, heads: int | None) -> None:
         super().__init__()
+        widths = list(widths)
         self.resnets = nn.ModuleList(_resnet(a, b, config) for a, b in widths)
         self.attentions = nn.ModuleList(_transformer(b, heads, config) for _, b in widths if heads is not None)
 
-    def layers(self) -> Iterator[tuple[ResnetBlock, SpatialTransformer | None]]:
+    def pairs(self) -> Iterator[tuple[nn.Module, SpatialTransformer | None]]:
+        """Each residual block with the transformer after it."""
         yield from zip(self.resnets, self.attentions or [None] * len(self.resnets), strict=True)
 
 
 class DownBlock(Block):
     def __init__(self, in_channels: int, channels: int, config: UNetConfig, heads: int | None, *, down: bool) -> None:
-        widths = [in_channels] + [channels] * config.layers_per_block
-        super().__init__(list(itertools.pairwise(widths)), config, heads)
+        super().__init__(pairwise([in_channels] + [channels] * config.layers_per_block), config, heads)
         self.downsamplers = nn.ModuleList([Downsample(channels, symmetric=True)] if down else [])
 
 
@@ -48,7 +65,7 @@ class UpBlock(Block):
         self, in_channels: int, skips: list[int], channels: int, config: UNetConfig, heads: int | None, *, up: bool
     ) -> None:
         widths = [in_channels] + [channels] * (len(skips) - 1)
-        super().__init__([(a + skip, channels) for a, skip in zip(widths, skips, strict=True)], config, heads)
+        super().__init__(((a + skip, channels) for a, skip in zip(widths, skips, strict=True)), config, heads)
         self.upsamplers = nn.ModuleList([Upsample(channels)] if up else [])
 
 
@@ -93,12 +110,41 @@ class UNet(nn.Module):
         for address, module in self.named_modules():
             if isinstance(module, Attention):
                 module.address = address
+        self.deep_sites = self._deep_sites()
+
+    def _down_layers(self) -> list[Layer]:
+        layers = [Layer(self.conv_in)]
+        for block in cast(Iterable[DownBlock], self.down_blocks):
+            layers += [Layer(*pair) for pair in block.pairs()] + [Layer(d) for d in block.downsamplers]
+        return layers
+
+    def _up_layers(self) -> list[Layer]:
+        layers = []
+        for block in cast(Iterable[UpBlock], self.up_blocks):
+            *pairs, last = block.pairs()
+            layers += [Layer(*pair) for pair in pairs] + [Layer(*last, *block.upsamplers)]
+        return layers
+
+    def _deep_sites(self) -> tuple[Site, ...]:
+        """Of each layer of the up path, the feature that enters it. What lies deeper mirrors what lies above."""
+        addresses = [
+            f"up_blocks.{b}" + (f".resnets.{i}" if i else "")
+            for b, block in enumerate(cast(Iterable[UpBlock], self.up_blocks))
+            for i in range(len(block.resnets))
+        ]
+        return tuple(
+            Site(a, "deep", depth) for a, depth in zip(addresses, reversed(range(len(addresses))), strict=True)
+        )
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Every reusable tensor, in the order of the modules."""
-        addresses = [m.address for m in self.modules() if isinstance(m, Attention)]
-        return tuple(Site(address, kind) for kind in ("map", "out") for address in addresses)
+        """Every reusable tensor: maps, outputs, deep features, each kind in the order of the walk."""
+        down, up = self._down_layers(), self._up_layers()
+        walk: list[tuple[int, nn.Module | None]] = [(depth, layer.attention) for depth, layer in enumerate(down)]
+        walk += [(len(down), self.mid_block.attentions[0])]
+        walk += [(depth, layer.attention) for depth, layer in zip(reversed(range(len(down))), up, strict=True)]
+        found = [(m.address, depth) for depth, t in walk if t for m in t.modules() if isinstance(m, Attention)]
+        return tuple(Site(a, kind, depth) for kind in ("map", "out") for a, depth in found) + self.deep_sites
 
     def forward(
         self,
@@ -118,26 +164,28 @@ class UNet(nn.Module):
         t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
         time = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
 
-        x = self.conv_in(x)
-        skips = [x]
-        for block in cast(Iterable[DownBlock], self.down_blocks):
-            for resnet, attention in block.layers():
-                x = resnet(x, time)
-                if attention is not None:
-                    x = attention(x, context, step, cache)
-                skips.append(x)
-            for downsample in block.downsamplers:
-                x = downsample(x)
-                skips.append(x)
-        x = self.mid_block(x, time, context, step, cache)
-        for up_block in cast(Iterable[UpBlock], self.up_blocks):
-            for resnet, attention in up_block.layers():
-                x = resnet(torch.cat([x, skips.pop()], dim=1), time)
-                if attention is not None:
-                    x = attention(x, context, step, cache)
-            for upsample in up_block.upsamplers:
-                x = upsample(x)
+        down, up = self._down_layers(), self._up_layers()
+        # At most one: a reused deep feature skips the deeper ones.
+        entry = next((j for j, site in enumerate(self.deep_sites) if site in step.reuse), None)
+        skips = []
+        for layer in down[: len(down) - (entry or 0)]:
+            x = layer(x, time, context, step, cache)
+            skips.append(x)
+        if entry is None:
+            x = self.mid_block(x, time, context, step, cache)
+        elif cache is not None:
+            x = cache.load(self.deep_sites[entry], self._entering(entry, skips[-1]), step, like=x)
+        for layer, site in zip(up[entry or 0 :], self.deep_sites[entry or 0 :], strict=True):
+            if cache is not None and site in step.store:
+                cache.store(site, x, step, dtype=x.dtype)
+            x = layer(torch.cat([x, skips.pop()], dim=1), time, context, step, cache)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def _entering(self, j: int, skip: Tensor) -> tuple[int, ...]:
+        """The shape of what enters layer j of the up path together with `skip`."""
+        module = self._up_layers()[j].module
+        assert isinstance(module, ResnetBlock)
+        return (skip.shape[0], module.norm1.num_channels - skip.shape[1], *skip.shape[2:])
 
 
 def _resnet(in_channels: int, out_channels: int, config: UNetConfig) -> ResnetBlock:

@@ -78,7 +78,7 @@ def check(image: Array, scene: Scene) -> dict[str, bool]:
     seen are given to the objects told in the way that makes most attributes right, and the relation is judged then;
     where two ways are equal, the one that keeps the relation counts.
     """
-    return _compare(read(image), scene)
+    return compare(read(image), scene)
 
 
 def score(images: Iterable[Array], scenes: Iterable[Scene]) -> dict[str, float]:
@@ -307,7 +307,8 @@ def _overlap(mask: Array, template: _Template, place: Array) -> float:
 # --- what was told ---------------------------------------------------------------------------------------------------
 
 
-def _compare(seen: Reading, scene: Scene) -> dict[str, bool]:
+def compare(seen: Reading, scene: Scene) -> dict[str, bool]:
+    """`check` for a picture that has been read already."""
     told = scene.objects
     # Objects that were not seen are None; assignments come in the order of `told`.
     pool = [*seen.objects, *[None] * len(told)]

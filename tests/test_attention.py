@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import TINY_UNET, randomise
 from torch import Tensor, nn
 
 from minireuse.attention import Attention, attention_probs, fused_attention
 from minireuse.policies import hurry, interval, select
-from minireuse.reuse import PLAIN, CacheError, ReuseCache, ReusePlan, Site, StepPlan
+from minireuse.reuse import PLAIN, CacheError, ReuseCache, ReusePlan, StepPlan
 from minireuse.unet import UNet
+
+from conftest import TINY_UNET, randomise
 
 CALLS = 6
 
@@ -186,11 +187,64 @@ def test_misuse_is_an_error_not_a_wrong_image(unet: UNet) -> None:
     assert StepPlan() == PLAIN
 
 
-def test_sites_are_the_attention_modules_of_the_state_dict(unet: UNet) -> None:
+def test_sites_are_modules_of_the_state_dict_with_their_depth(unet: UNet) -> None:
     names = {n.removesuffix(".to_q.weight") for n in unet.state_dict() if n.endswith(".to_q.weight")}
-    assert {s.address for s in unet.sites} == names
-    assert len(unet.sites) == 2 * len(names) == len(set(unet.sites))
-    assert Site("mid_block.attentions.0.transformer_blocks.0.attn2", "map") in unet.sites
+    for kind in ("map", "out"):
+        assert {s.address for s in unet.sites if s.kind == kind} == names
+    assert len(unet.sites) == len(set(unet.sites))
+    # Three levels of two layers: going down conv_in is 0, then 1 2 and a downsampler 3, 4 5 and 6, 7 8; then the middle.
+    depth = {(s.address.split(".transformer")[0], s.kind): s.depth for s in unet.sites}
+    assert depth["down_blocks.0.attentions.0", "map"] == 1
+    assert depth["down_blocks.1.attentions.1", "out"] == 5
+    assert depth["mid_block.attentions.0", "map"] == 9
+    assert depth["up_blocks.2.attentions.2", "map"] == 0
+    assert depth["up_blocks.1.attentions.0", "map"] == 5
+    deep = {s.address: s.depth for s in unet.sites if s.kind == "deep"}
+    assert list(deep) == [f"up_blocks.{b}" + (f".resnets.{i}" if i else "") for b in range(3) for i in range(3)]
+    assert list(deep.values()) == [8, 7, 6, 5, 4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("branch", [0, 1, 4, 8])
+def test_deep_reuse_equals_a_unet_whose_inside_is_frozen(
+    unet: UNet, monkeypatch: pytest.MonkeyPatch, branch: int
+) -> None:
+    """Freeze the output of all that lies deeper than the branch, and let the U-Net run in full."""
+    (site,) = select(unet.sites, kind="deep", branch=branch)
+    plan = hurry(2, (site,), k=1)
+    cache = ReuseCache(torch.float32)
+    given = [unet(*inputs(call), plan.step(call), cache) for call in range(2)][1]
+    block, _, layer = site.address.removeprefix("up_blocks.").partition(".resnets.")
+    entered = unet.up_blocks[int(block)].resnets[int(layer or 0)]
+    frozen: list[Tensor] = []
+    hook = entered.register_forward_pre_hook(lambda m, args: frozen.append(args[0]))
+    unet(*inputs(0))
+    hook.remove()
+    width = entered.norm1.num_channels
+    original = entered.forward
+
+    def forward(x: Tensor, time: Tensor) -> Tensor:
+        inside = width - skip_width
+        return original(torch.cat([frozen[0][:, :inside], x[:, inside:]], dim=1), time)
+
+    skips = [32, 32, 32, 32, 64, 64, 64, 64, 64]  # what the down path leaves, by depth
+    skip_width = skips[site.depth]
+    monkeypatch.setattr(entered, "forward", forward)
+    torch.testing.assert_close(given, unet(*inputs(1)), atol=1e-5, rtol=1e-5)
+    assert cache.peak_nbytes == frozen[0][:, : width - skip_width].numel() * 4
+    assert len(cache) == 0
+
+
+def test_deep_reuse_runs_nothing_deeper(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = count_runs(unet, monkeypatch)
+    plan, cache = hurry(2, (*select(unet.sites), *select(unet.sites, kind="deep", branch=2)), k=1), ReuseCache()
+    unet(*inputs(0), plan.step(0), cache)
+    # The maps that are deeper than the entry are never read, so they are not stored either.
+    shallow = {s for s in select(unet.sites) if s.depth <= 2}
+    assert {s for s in plan.step(0).store if s.kind == "map"} == shallow
+    runs.clear()
+    unet(*inputs(1), plan.step(1), cache)
+    ran = {n.split(".transformer")[0] for n, c in runs.items() if c and "transformer" in n}
+    assert ran == {s.address.split(".transformer")[0] for s in shallow}
 
 
 def test_fused_attention_is_attention() -> None:

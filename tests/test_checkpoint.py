@@ -22,14 +22,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from conftest import edit_json, randomise, relative_error
-from ldm_layout import FULL, LAST_BLOCK, Sizes, layout, random_tensors, unused
 from minireuse import checkpoint, ldm
 from minireuse.checkpoint import CheckpointError, Parts, load_parts
-from minireuse.config import SD1_UNET, SD2_UNET, SD_VAE, ConfigError, UNetConfig, VAEConfig
+from minireuse.config import SD1_UNET, SD2_UNET, SD_VAE, ConfigError, VAEConfig
 from minireuse.text import TextEncoder
 from minireuse.unet import UNet
 from minireuse.vae import VAE
+
+from conftest import edit_json, randomise, relative_error
+from ldm_layout import FULL, Sizes, layout, random_tensors, unused
 
 FAMILIES = [1, 2]
 UNETS = {1: SD1_UNET, 2: SD2_UNET}

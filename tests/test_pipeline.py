@@ -8,12 +8,13 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from conftest import relative_error
 
 import minireuse
 from minireuse.policies import hurry, select
 from minireuse.reuse import PlanError, ReuseCache, ReusePlan
 from minireuse.samplers import SAMPLERS
+
+from conftest import relative_error
 
 PROMPTS = ["a large red circle on a blue background", "a small green star"]
 

@@ -60,3 +60,11 @@ def test_select_by_kind_and_attention() -> None:
     assert select(SITES, "self") == (Site("block.attn1", "map"),)
     with pytest.raises(PlanError, match="self, cross or both"):
         select(SITES, "neither")
+
+
+def test_deep_selects_one_branch_counted_from_the_outside() -> None:
+    deep = tuple(Site(f"up_blocks.{i}", "deep", depth) for i, depth in enumerate((4, 2, 0)))
+    assert select(SITES + deep, kind="deep") == (deep[2],)
+    assert select(SITES + deep, kind="deep", branch=2) == (deep[0],)
+    with pytest.raises(PlanError, match="branch is 3, expected 0 to 2"):
+        select(SITES + deep, kind="deep", branch=3)

@@ -36,6 +36,27 @@ def test_output_reuse_shadows_the_map_of_the_same_attention() -> None:
     assert [A_OUT in p.step(i).store for i in range(7)] == [True, False, False, False, True, False, False]
 
 
+def test_deep_reuse_shadows_what_lies_deeper() -> None:
+    shallow, inner = Site("up.1.attn1", "map", depth=1), Site("mid.attn1", "map", depth=5)
+    entry, lower = Site("up.1", "deep", depth=2), Site("up.0", "deep", depth=4)
+    p = plan("..##", "..##", ".#.#", "...#", sites=(shallow, inner, entry, lower))
+    assert [shallow in p.step(i).reuse for i in range(4)] == [False, False, True, True]
+    # The entry skips the inner ones at calls 1 and 3, so the map read at call 2 is the one of call 0.
+    assert [inner in p.step(i).reuse for i in range(4)] == [False, False, True, False]
+    assert [inner in p.step(i).store for i in range(4)] == [True, False, False, False]
+    assert [inner in p.step(i).last for i in range(4)] == [False, False, True, False]
+    assert not any(lower in p.step(i).reuse | p.step(i).store for i in range(4))
+    assert [entry in p.step(i).store for i in range(4)] == [True, False, True, False]
+
+
+def test_plan_from_a_file_learns_depth_from_the_model() -> None:
+    own = (Site("a", "deep", depth=3), Site("b", "map", depth=4))
+    p = ReusePlan.from_json(plan(".#", "..", sites=(Site("a", "deep"), Site("b", "map"))).to_json()).on(own)
+    assert [s.depth for s in p.sites] == [3, 4]
+    with pytest.raises(PlanError, match="map of b and 0 more"):
+        p.on(own[:1])
+
+
 def test_plan_is_immutable_and_copies_its_mask() -> None:
     mask = np.zeros((3, 1), dtype=bool)
     p = ReusePlan(mask, (A,))

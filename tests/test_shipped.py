@@ -8,16 +8,17 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
-from data import scene_at
-from train_vae import psnr
 from transformers import CLIPTokenizer
-from verify import score
-from world import COLOURS, FILLS, RELATIONS, SHAPES, SIZES, caption, render
 
 import minireuse
 from minireuse.pipeline import shipped_model
 from minireuse.policies import hurry, select
+
+from conftest import relative_error
+from data import scene_at
+from train_vae import psnr
+from verify import score
+from world import COLOURS, FILLS, RELATIONS, SHAPES, SIZES, caption, render
 
 UNSEEN = [scene_at(7, i) for i in range(16)]
 PROMPT = "a large red circle above a small blue star on a yellow background"

@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import diffusers
-import export
 import numpy as np
 import pytest
 import torch
-import train_unet
-import train_vae
 from torch import Tensor, nn
-from trainer import EMA, learning_rate, train
 
 import minireuse
 from minireuse.vae import VAE
+
+import export
+import train_unet
+import train_vae
+from trainer import EMA, learning_rate, train
 
 
 def fit(folder: Path, stop_at: int | None = None) -> nn.Module:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import diffusers
 import pytest
 import torch
-from conftest import TINY_UNET, TINY_VAE, randomise, relative_error
 from torch import nn
 
 from minireuse.config import UNetConfig
 from minireuse.layers import timestep_embedding
 from minireuse.unet import UNet
 from minireuse.vae import VAE
+
+from conftest import TINY_UNET, TINY_VAE, randomise, relative_error
 
 SD2_LIKE = UNetConfig(
     block_out_channels=(32, 64, 64),
