@@ -5,6 +5,9 @@ Modules are named as in diffusers' checkpoints (`models/attention.py`, `models/t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -32,6 +35,19 @@ def attention_probs(q: Tensor, k: Tensor) -> Tensor:
     return scores.softmax(dim=-1, dtype=torch.float32)
 
 
+KV = tuple[Tensor, Tensor]  # keys and values, each (B, K, M, d)
+
+
+@dataclass(frozen=True)
+class TextKV:
+    """The keys and values of every cross attention, by address: they depend on the prompt alone, not on the call."""
+
+    kv: Mapping[str, KV]
+
+
+Text = Tensor | TextKV  # what the U-Net is told: a context (B, M, D'), or what its layers have made of one
+
+
 class Attention(nn.Module):
     """Multi-head attention over `context`, or over its own input where there is none."""
 
@@ -44,22 +60,27 @@ class Attention(nn.Module):
         self.heads = heads
         self.address = ""  # the module's own path, given by the U-Net that it is part of
 
+    def project(self, context: Tensor) -> KV:
+        """Keys and values of a context. Shapes: (B, M, D') -> two of (B, K, M, d)."""
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
     def forward(
         self,
         x: Tensor,
-        context: Tensor | None = None,
+        context: Tensor | KV | None = None,
         step: StepPlan = PLAIN,
         cache: ReuseCache | None = None,
     ) -> Tensor:
-        """Shapes: x (B, N, D), context (B, M, D') -> (B, N, D)."""
-        context = x if context is None else context
+        """Shapes: x (B, N, D), context (B, M, D') or what `project` made of it -> (B, N, D)."""
+        source = x if context is None else context
         site = Site(self.address, "map")
-        v = self._split(self.to_v(context))  # (B, K, M, d)
+        v = self._split(self.to_v(source)) if isinstance(source, Tensor) else source[1]
         if cache is not None and site in step.reuse:
-            shape = (x.shape[0], self.heads, x.shape[1], context.shape[1])
+            shape = (x.shape[0], self.heads, x.shape[1], v.shape[2])
             y = cache.load(site, shape, step, like=v) @ v
         else:
-            q, k = self._split(self.to_q(x)), self._split(self.to_k(context))
+            q = self._split(self.to_q(x))
+            k = self._split(self.to_k(source)) if isinstance(source, Tensor) else source[0]
             if cache is not None and site in step.store:
                 probs = attention_probs(q, k)
                 cache.store(site, probs, step, dtype=v.dtype)
@@ -110,10 +131,11 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, context: Tensor, step: StepPlan, cache: ReuseCache | None) -> Tensor:
+    def forward(self, x: Tensor, context: Text, step: StepPlan, cache: ReuseCache | None) -> Tensor:
         """Shapes: x (B, N, D), context (B, M, D') -> (B, N, D)."""
+        text = context.kv[self.attn2.address] if isinstance(context, TextKV) else context
         x = x + _attend(self.attn1, self.norm1, x, None, step, cache)
-        x = x + _attend(self.attn2, self.norm2, x, context, step, cache)
+        x = x + _attend(self.attn2, self.norm2, x, text, step, cache)
         return x + self.ff(self.norm3(x))
 
 
@@ -121,7 +143,7 @@ def _attend(
     attention: Attention,
     norm: nn.LayerNorm,
     x: Tensor,
-    context: Tensor | None,
+    context: Tensor | KV | None,
     step: StepPlan,
     cache: ReuseCache | None,
 ) -> Tensor:
@@ -147,7 +169,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.linear = linear
 
-    def forward(self, x: Tensor, context: Tensor, step: StepPlan, cache: ReuseCache | None) -> Tensor:
+    def forward(self, x: Tensor, context: Text, step: StepPlan, cache: ReuseCache | None) -> Tensor:
         """Shapes: x (B, C, H, W), context (B, M, D') -> (B, C, H, W)."""
         height = x.shape[2]
         y = self.norm(x)

@@ -204,14 +204,14 @@ _CONVERT = (
 class _Source:
     """One tensor of a file, not yet read."""
 
+    file: Any  # open: reading the header again for each of a thousand tensors would take seconds
     path: Path
     key: str
     shape: tuple[int, ...]
     rows: tuple[int, int] | None = None  # a third of a fused projection: these rows of so many equal parts
 
     def read(self) -> Tensor:
-        with safe_open(str(self.path), framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self.key)
+        tensor: Tensor = self.file.get_tensor(self.key)
         return tensor if self.rows is None else torch.atleast_1d(tensor).tensor_split(self.rows[1])[self.rows[0]]
 
 
@@ -222,8 +222,8 @@ def _open(path: Path) -> dict[str, _Source]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; the download may be incomplete")
     try:
-        with safe_open(str(path), framework="pt") as file:
-            return {key: _Source(path, key, tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
+        file = safe_open(str(path), framework="pt")
+        return {key: _Source(file, path, key, tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         # Looked at only now: a valid file may begin with these bytes too, which are the length of its header.
         with path.open("rb") as raw:

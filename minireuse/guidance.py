@@ -35,16 +35,20 @@ def guided_denoise(
         for step in map(plan.step, range(plan.calls))
     ]
 
+    # The prompt does not change between calls, so its keys and values are computed here, once per batch layout.
+    conditional = context if guidance_scale == 1 else context.chunk(2)[1]
+    text = {guided: unet.text_kv(context if guided else conditional) for guided in {s.guided for s in steps}}
+
     def denoise(x: Tensor, t: float, call: int) -> Tensor:
         step = steps[call]
         # The solver's state stays in float32 whatever precision the model computes in.
         latents = x.to(context.dtype)
         if step.guided:
-            halves = unet(torch.cat([latents, latents]), t, context, step, cache).to(x.dtype)
-            unconditional, conditional = halves.chunk(2)
+            both = unet(torch.cat([latents, latents]), t, text[True], step, cache).to(x.dtype)
+            unconditional, conditional = both.chunk(2)
             output = unconditional + guidance_scale * (conditional - unconditional)
         else:
-            output = unet(latents, t, context[-len(x) :], step, cache).to(x.dtype)
+            output = unet(latents, t, text[False], step, cache).to(x.dtype)
         if schedule.prediction_type == "epsilon":
             return output
         # v = alpha eps - sigma x_0 and x = alpha x_0 + sigma eps give eps (arXiv 2202.00512, appendix D).

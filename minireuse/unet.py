@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minireuse.attention import Attention, SpatialTransformer
+from minireuse.attention import Attention, SpatialTransformer, Text, TextKV, TransformerBlock
 from minireuse.config import UNetConfig
 from minireuse.layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample, timestep_embedding
 from minireuse.reuse import PLAIN, ReuseCache, Site, StepPlan
@@ -30,7 +30,7 @@ class Layer:
     attention: SpatialTransformer | None = None
     upsample: Upsample | None = None
 
-    def __call__(self, x: Tensor, time: Tensor, context: Tensor, step: StepPlan, cache: ReuseCache | None) -> Tensor:
+    def __call__(self, x: Tensor, time: Tensor, context: Text, step: StepPlan, cache: ReuseCache | None) -> Tensor:
         x = self.module(x, time) if isinstance(self.module, ResnetBlock) else self.module(x)
         if self.attention is not None:
             x = self.attention(x, context, step, cache)
@@ -75,7 +75,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(_resnet(channels, channels, config) for _ in range(2))
         self.attentions = nn.ModuleList([_transformer(channels, heads, config)])
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor, step: StepPlan, cache: ReuseCache | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, context: Text, step: StepPlan, cache: ReuseCache | None) -> Tensor:
         x = self.resnets[0](x, time)
         x = self.attentions[0](x, context, step, cache)
         return self.resnets[1](x, time)
@@ -146,17 +146,25 @@ class UNet(nn.Module):
         found = [(m.address, depth) for depth, t in walk if t for m in t.modules() if isinstance(m, Attention)]
         return tuple(Site(a, kind, depth) for kind in ("map", "out") for a, depth in found) + self.deep_sites
 
+    def text_kv(self, context: Tensor) -> TextKV:
+        """What cross attention makes of the prompt: computed once, it can be given to every call as `context`.
+
+        Shapes: context (B, M, D).
+        """
+        layers = (m for m in self.modules() if isinstance(m, TransformerBlock))
+        return TextKV({m.attn2.address: m.attn2.project(context) for m in layers})
+
     def forward(
         self,
         x: Tensor,
         t: Tensor | float,
-        context: Tensor,
+        context: Text,
         step: StepPlan | None = None,
         cache: ReuseCache | None = None,
     ) -> Tensor:
         """The model's prediction; `step` and `cache` None make it an ordinary U-Net.
 
-        Shapes: x (B, 4, h, w), t scalar or (B,), context (B, M, D) -> (B, 4, h, w).
+        Shapes: x (B, 4, h, w), t scalar or (B,), context (B, M, D) or `text_kv` of it -> (B, 4, h, w).
         """
         if step is not None and (step.reuse or step.store) and cache is None:
             raise ValueError("this step reuses or stores but there is no cache; pass a ReuseCache")

@@ -22,13 +22,23 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import scene_at
-from world import COLOURS, DISTANCES, RELATIONS, SIZES, STRIPE_PERIOD, Array, Object, Scene, _stripe_colour
-from world import caption as plain_caption
-from world import render
+from world import (
+    COLOURS,
+    DISTANCES,
+    RELATIONS,
+    SIZES,
+    STRIPE_PERIOD,
+    Array,
+    Object,
+    Scene,
+    _stripe_colour,
+    caption,
+    render,
+)
 
 KINDS = ("background", "count", "shape", "colour", "size", "fill", "relation")
 ATTRIBUTES = ("shape", "colour", "size", "fill")  # of one object
-UNCLEAR = "unclear"  # a colour too far from the whole palette
+UNCLEAR = "unclear"  # a colour too far from the whole palette, or a shape too far from all
 
 FOREGROUND = 30.0  # colour difference from the background and all its shadows that makes a pixel foreground
 DARKEST_SHADOW = 0.68  # of the background's brightness
@@ -36,6 +46,7 @@ SPECK = 60  # pixels; the smallest object covers 220
 COLOUR_REACH = 75.0  # largest difference from a palette colour that may still be called by its name
 STRIPE_CONTRAST = 14.0  # least amplitude of stripes; the faintest true ones have 48 before any blur
 STRIPE_SHARE = 0.3  # least share of the colour variance inside an object that stripes have to explain
+LEAST_OVERLAP = 0.7  # of an object with the best silhouette; sharp ones reach 0.9, worn ones 0.8
 BETWEEN_SIZES = (SIZES["small"][1] + SIZES["large"][0]) / 2
 EXPECTED_DISTANCE = 60.0  # least distance of two objects along their relation's axis in the world
 
@@ -274,8 +285,9 @@ def _fit(mask: Array) -> tuple[str, float, float, float]:
         place = np.array([x, y - template.drop * radius, radius])
         starts.append((_overlap(mask, template, place), template, place))
     starts.sort(key=lambda s: -s[0])
-    _, template, place = max((_climb(mask, *start) for start in starts[:5]), key=lambda s: s[0])
-    return template.shape, float(place[0]), float(place[1]), float(place[2])
+    overlap, template, place = max((_climb(mask, *start) for start in starts[:5]), key=lambda s: s[0])
+    shape = template.shape if overlap >= LEAST_OVERLAP else UNCLEAR
+    return shape, float(place[0]), float(place[1]), float(place[2])
 
 
 def _climb(mask: Array, overlap: float, template: _Template, place: Array) -> tuple[float, _Template, Array]:
@@ -375,7 +387,7 @@ def _generate(args: argparse.Namespace, scenes: Sequence[Scene]) -> list[Array]:
     plan = POLICIES[args.policy](pipe.calls("ddim", args.steps), select(pipe.sites))
     images: list[Array] = []
     for start in tqdm(range(0, len(scenes), 10), desc="generate"):
-        prompts = [plain_caption(scene) for scene in scenes[start : start + 10]]
+        prompts = [caption(scene) for scene in scenes[start : start + 10]]
         seeds = list(range(start, start + len(prompts)))
         settings = {"steps": args.steps, "guidance_scale": args.guidance_scale, "plan": plan}
         images += list(pipe.generate(prompts, seeds=seeds, **settings).images)

@@ -162,6 +162,21 @@ def test_cache_bytes_equal_the_formula_and_entries_die(unet: UNet) -> None:
     assert cache.peak_nbytes == expected
 
 
+def test_text_keys_and_values_computed_once_are_bit_identical(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, t, context = inputs(0)
+    projected = unet.text_kv(context)
+    assert set(projected.kv) == {s.address for s in unet.sites if s.is_cross}
+    plan = interval(CALLS, select(unet.sites), k=3)
+    caches = ReuseCache(), ReuseCache()
+    for call in range(CALLS):
+        x, t, context = inputs(call)
+        given = unet(x, t, projected, plan.step(call), caches[0])
+        assert torch.equal(given, unet(x, t, context, plan.step(call), caches[1]))
+    runs = count_runs(unet, monkeypatch)
+    unet(x, t, projected)
+    assert {n.rsplit(".", 1)[1] for n, c in runs.items() if c and "attn2.to" in n} == {"to_q", "0"}  # 0: to_out.0
+
+
 def test_two_caches_do_not_see_each_other(unet: UNet) -> None:
     plan = interval(CALLS, select(unet.sites), k=3)
     alone = run(unet, plan, ReuseCache())
@@ -192,7 +207,7 @@ def test_sites_are_modules_of_the_state_dict_with_their_depth(unet: UNet) -> Non
     for kind in ("map", "out"):
         assert {s.address for s in unet.sites if s.kind == kind} == names
     assert len(unet.sites) == len(set(unet.sites))
-    # Three levels of two layers: going down conv_in is 0, then 1 2 and a downsampler 3, 4 5 and 6, 7 8; then the middle.
+    # Three levels of two layers: going down conv_in is 0, then 1 2, a downsampler 3, 4 5 and 6, 7 8; then the middle.
     depth = {(s.address.split(".transformer")[0], s.kind): s.depth for s in unet.sites}
     assert depth["down_blocks.0.attentions.0", "map"] == 1
     assert depth["down_blocks.1.attentions.1", "out"] == 5
