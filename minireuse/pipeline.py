@@ -15,7 +15,7 @@ from minireuse import checkpoint
 from minireuse.config import PREDICTION_TYPES
 from minireuse.guidance import guided_denoise
 from minireuse.reuse import ReuseCache, ReusePlan, Site
-from minireuse.samplers import SAMPLERS, Sampler, Step, count_calls
+from minireuse.samplers import SAMPLERS, Denoise, Sampler, Step, count_calls
 from minireuse.schedule import Schedule
 from minireuse.text import TextEncoder
 from minireuse.unet import UNet
@@ -153,6 +153,7 @@ class Pipeline:
         cache: ReuseCache | None = None,
         attention: str = "fused",
         on_step: Callable[[Step], object] | None = None,
+        wrap: Callable[[Denoise], Denoise] | None = None,
     ) -> Result:
         """Generate one batch of images: a prompt and a seed each, either of them given once for all.
 
@@ -160,6 +161,7 @@ class Pipeline:
         init_images: (B, 3, H, W) in -1 ... 1, taken `strength` of the way to noise and denoised from there.
         eta: noise added by ddim (0 none, 1 as much as DDPM); samplers that are stochastic by name always use 1.
         cache: where reused tensors are kept; None makes one in float16. attention: "explicit" writes every map out.
+        wrap: what the sampler is given instead of the model's `denoise(x, t, call)`, made from it: to watch or replay it.
 
         Raises: ValueError with one sentence for an argument that does not fit; PlanError for a plan that does not.
         """
@@ -189,6 +191,8 @@ class Pipeline:
             guidance_scale=guidance_scale,
             attention=attention,
         )
+        if wrap is not None:
+            denoise = wrap(denoise)
         options = {"eta": eta} if sampler == "ddim" else {}
 
         self._synchronize()

@@ -16,6 +16,7 @@ TIERS = (
     ("unet", "vae", "text", "ldm"),
     ("guidance", "checkpoint", "metrics"),
     ("pipeline",),
+    ("render",),
     ("sample", "search", "evaluate"),
 )
 TIER = {name: tier for tier, names in enumerate(TIERS) for name in names}

@@ -1,0 +1,116 @@
+"""Render the same prompts and seeds under many plans, without computing twice what two plans share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minireuse.pipeline import Pipeline
+from minireuse.reuse import ReuseCache, ReusePlan, Site, StepPlan
+from minireuse.samplers import Denoise
+
+Did = tuple[frozenset[Site], frozenset[Site], bool]  # what tells two calls apart: sites reused, sites stored, guidance
+
+
+def did(step: StepPlan) -> Did:
+    return step.reuse, step.store, step.guided
+
+
+def refill(plan: ReusePlan, first: int) -> set[int]:
+    """The calls before `first` that must run again so that the cache holds what calls from `first` on read.
+
+    A call that stores may itself read what an earlier one stored, so this goes backwards.
+    """
+    wanted: set[Site] = set()
+    for call in reversed(range(first, plan.calls)):
+        wanted = (wanted - plan.step(call).store) | plan.step(call).reuse
+    again = set()
+    for call in reversed(range(first)):
+        step = plan.step(call)
+        if step.store & wanted:
+            again.add(call)
+            wanted = (wanted - step.store) | step.reuse
+    return again
+
+
+@dataclass
+class Node:
+    """One call of a trajectory, and what followed it: trajectories that begin alike share their nodes."""
+
+    eps: Tensor | None = None
+    after: dict[Did, Node] = field(default_factory=dict)
+
+
+class Renderer:
+    """Images of a fixed set of prompts and seeds under any plan, with every shared beginning computed once.
+
+    What the U-Net answered is kept along a tree of step plans. A new plan replays the kept answers through the sampler
+    up to the first call that differs from all plans before it, refills the cache by running again the few calls whose
+    tensors are still to be read, and goes on from there. Same operations on same inputs: the images are those of
+    `Pipeline.generate`, to the last bit.
+
+    calls: U-Net calls made so far. naive_calls: what rendering each plan from noise would have made.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        sampler: str = "ddim",
+        steps: int = 20,
+        guidance_scale: float = 7.5,
+        cache_dtype: torch.dtype = torch.float16,
+    ) -> None:
+        self.pipeline, self.prompts, self.seeds = pipeline, list(prompts), list(seeds)
+        self.sampler, self.steps, self.guidance_scale = sampler, steps, guidance_scale
+        self.cache_dtype = cache_dtype
+        self.calls = 0
+        self.naive_calls = 0
+        self._root = Node()
+
+    def __call__(self, plan: ReusePlan) -> np.ndarray:
+        """Shapes: -> (B, H, W, 3) uint8."""
+        plan = plan.on(self.pipeline.sites)
+        path, first = self._follow(plan)
+        again = refill(plan, first)
+
+        def memory(denoise: Denoise) -> Denoise:
+            def remember(x: Tensor, t: float, call: int) -> Tensor:
+                kept = path[call].eps
+                if kept is not None and call not in again:
+                    return kept
+                self.calls += 1
+                eps = denoise(x, t, call)
+                path[call].eps = eps
+                return eps
+
+            return remember
+
+        result = self.pipeline.generate(
+            self.prompts,
+            seeds=self.seeds,
+            steps=self.steps,
+            sampler=self.sampler,
+            guidance_scale=self.guidance_scale,
+            plan=plan,
+            cache=ReuseCache(self.cache_dtype),
+            wrap=memory,
+        )
+        self.naive_calls += plan.calls
+        return result.images
+
+    def _follow(self, plan: ReusePlan) -> tuple[list[Node], int]:
+        """The plan's nodes, and the first call that no plan before has made in the same way."""
+        node, path, first = self._root, [], 0
+        for call in range(plan.calls):
+            node = node.after.setdefault(did(plan.step(call)), Node())
+            path.append(node)
+            if node.eps is not None and first == call:
+                first = call + 1
+        return path, first

@@ -1,0 +1,166 @@
+"""The search on made-up landscapes, and the renderer's shared beginnings against rendering from noise."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import minireuse
+from minireuse.metrics import psnr
+from minireuse.phast import Journal, rescale, search
+from minireuse.policies import early, hurry, interval, select
+from minireuse.render import Renderer, refill
+from minireuse.reuse import PlanError, ReusePlan, Site
+
+A = Site("x.attn1", "map")
+WEIGHTS = np.array([0, 5, 1, 4, 2, 9, 3, 8])
+
+
+def total(plan: ReusePlan) -> float:
+    """A landscape without local optima: the best plan of k calls takes the k largest weights."""
+    return float((plan.mask[:, 0] * WEIGHTS).sum())
+
+
+@pytest.mark.parametrize("steepest", [False, True])
+@pytest.mark.parametrize("k", [1, 3, 4, 7])
+def test_search_finds_the_optimum_of_a_smooth_landscape(k: int, steepest: bool) -> None:
+    best = max(sum(WEIGHTS[list(chosen)]) for chosen in itertools.combinations(range(1, 8), k))
+    result = search(lambda plan: plan, hurry(8, [A], k=k), [A], k=k, score=total, steepest=steepest)
+    assert result.score == best == total(result.plan)
+    assert result.finished
+    assert result.plan.reused == k
+    assert result.start_score == total(hurry(8, [A], k=k))
+    assert len({grid for grid, _ in result.tried}) == len(result.tried)
+
+
+def test_search_stops_at_a_local_optimum_of_single_swaps() -> None:
+    """Two calls that are only good together cannot be reached by moving one."""
+    trap = {"..##": 1.0, ".##.": 2.0}
+    result = search(lambda plan: str(plan), hurry(4, [A], k=2), [A], k=2, score=lambda g: trap.get(g, 0.0))
+    assert (str(result.plan), result.score) == (".##.", 2.0)
+    deceptive = {"...###": 1.0, ".##..#": 9.0}
+    result = search(lambda plan: str(plan), hurry(6, [A], k=3), [A], k=3, score=lambda g: deceptive.get(g, 0.0))
+    assert (str(result.plan), result.rounds) == ("...###", 1)
+
+
+def test_search_keeps_the_best_when_the_budget_ends() -> None:
+    left = iter([True] * 4)
+    result = search(lambda plan: plan, hurry(8, [A], k=3), [A], k=3, score=total, more=lambda: next(left, False))
+    assert not result.finished
+    assert len(result.tried) == 4
+    assert result.score == max(value for _, value in result.tried)
+    with pytest.raises(PlanError, match="budget"):
+        search(lambda plan: plan, hurry(8, [A], k=3), [A], k=3, score=total, more=lambda: False)
+
+
+def test_search_refuses_a_start_that_does_not_fit() -> None:
+    with pytest.raises(PlanError, match="3 reuse calls, expected k = 4"):
+        search(lambda plan: plan, hurry(8, [A], k=3), [A], k=4, score=total)
+    by_site = hurry(4, [A], k=1) | hurry(4, [Site("y", "map")], k=2)
+    with pytest.raises(PlanError, match="step-wise"):
+        search(lambda plan: plan, by_site, [A], k=2, score=total)
+    with pytest.raises(PlanError, match="scored nan"):
+        search(lambda plan: plan, hurry(8, [A], k=3), [A], k=3, score=lambda _: math.nan)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_search_resumes_to_the_same_answer(tmp_path: Path) -> None:
+    def run(path: Path, die_after: int | None) -> tuple[str, float, int]:
+        renders = 0
+
+        def render(plan: ReusePlan) -> ReusePlan:
+            nonlocal renders
+            renders += 1
+            if renders == die_after:
+                raise Killed
+            return plan
+
+        journal = Journal(path, {"k": 3})
+        result = search(render, hurry(8, [A], k=3), [A], k=3, score=total, journal=journal)
+        return str(result.plan), result.score, renders
+
+    plan, score, renders = run(tmp_path / "whole.jsonl", None)
+    path = tmp_path / "killed.jsonl"
+    spent = 0
+    for die_after in (1, 2, 4, 3):
+        with pytest.raises(Killed):
+            run(path, die_after)
+        spent += die_after - 1
+        with path.open("a") as file:
+            file.write('{"plan": ".##')  # what a kill in the middle of a write leaves
+    assert run(path, None) == (plan, score, renders - spent)
+
+
+def test_journal_refuses_another_search_and_broken_lines(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    Journal(path, {"k": 3}).add("..#", 1.5)
+    assert Journal(path, {"k": 3}).get("..#") == 1.5
+    with pytest.raises(PlanError, match="another search"):
+        Journal(path, {"k": 4})
+    path.write_text('{"settings": {"k": 3}}\n{"plan": 7}\n')
+    with pytest.raises(PlanError, match="line 2"):
+        Journal(path, {"k": 3})
+    path.write_text("not json\n")
+    assert len(Journal(path, {"k": 3})) == 0
+    assert path.read_text() == '{"settings": {"k": 3}}\n'
+
+
+def test_rescaled_plans_keep_their_shape() -> None:
+    def drawn(grid: str, calls: int) -> str:
+        return "".join(".#"[int(cell)] for cell in rescale(grid, calls))
+
+    assert drawn("..##", 8) == "....####"
+    assert drawn("....####", 4) == "..##"
+    assert drawn(".#.#", 4) == ".#.#"
+    assert drawn(".###", 1) == "."
+    assert drawn(".###", 100)[0] == "."
+
+
+def test_refill_names_the_calls_that_stored_what_is_still_read() -> None:
+    def plan(row: str) -> ReusePlan:
+        return ReusePlan.stepwise([c == "#" for c in row], [A])
+
+    assert refill(plan("..####"), 4) == {1}
+    assert refill(plan("..##.#"), 4) == set()
+    assert refill(plan("..##.#"), 5) == {4}
+    assert refill(plan("......"), 3) == set()
+    # Site B is stored at call 3, where it was computed from what A had kept since call 1.
+    b = Site("y.attn1", "map")
+    both = plan("..####") | ReusePlan.stepwise([c == "#" for c in "....##"], [b])
+    assert refill(both, 5) == {1, 3}
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpmpp_2m", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("kind", ["map", "out", "deep"])
+def test_shared_beginnings_change_no_bit(pipeline: minireuse.Pipeline, sampler: str, kind: str) -> None:
+    prompts, seeds = ["a red circle", "a star"], [0, 1]
+    render = Renderer(pipeline, prompts, seeds, sampler=sampler, steps=6)
+    calls = pipeline.calls(sampler, 6)
+    sites = select(pipeline.sites, kind=kind)
+    first = hurry(calls, sites, k=3)
+    swapped = list(first.mask[:, 0])
+    swapped[-1], swapped[2] = False, True
+    plans = [ReusePlan.nothing(calls), first, ReusePlan.stepwise(swapped, sites), interval(calls, sites, k=2)]
+    plans += [first | early(calls, select(pipeline.sites, "cross", "out"), k=1), first]
+    for plan in plans:
+        made = render.calls
+        naive = pipeline.generate(prompts, seeds=seeds, steps=6, sampler=sampler, plan=plan)
+        assert np.array_equal(render(plan), naive.images)
+    assert render.calls == made  # the last plan was known from end to end
+    assert render.naive_calls == len(plans) * calls
+    assert render.calls < 0.8 * render.naive_calls
+
+
+def test_psnr_against_the_definition() -> None:
+    black, gray = np.zeros((2, 4, 4, 3), dtype=np.uint8), np.full((2, 4, 4, 3), 51, dtype=np.uint8)
+    np.testing.assert_allclose(psnr(black, gray), [20 * np.log10(5)] * 2)
+    assert np.isinf(psnr(gray, gray)).all()
+    with pytest.raises(ValueError, match="must agree"):
+        psnr(black, gray[:1])
