@@ -30,11 +30,9 @@ def guided_denoise(
     Shapes: context (2B, M, D), unconditional first, or (B, M, D) at guidance scale 1 (off); x (B, 4, h, w).
     Source: Ho & Salimans, arXiv 2207.12598 equation 6, in the parametrisation where 1 is no guidance.
     """
-    steps = [
-        replace(step, guided=step.guided and guidance_scale != 1, explicit=attention == "explicit")
-        for step in map(plan.step, range(plan.calls))
-    ]
-
+    if guidance_scale == 1:
+        plan = ReusePlan(plan.mask, plan.sites, (False,) * plan.calls)
+    steps = [replace(plan.step(call), explicit=attention == "explicit") for call in range(plan.calls)]
     # The prompt does not change between calls, so its keys and values are computed here, once per batch layout.
     conditional = context if guidance_scale == 1 else context.chunk(2)[1]
     text = {guided: unet.text_kv(context if guided else conditional) for guided in {s.guided for s in steps}}

@@ -161,7 +161,7 @@ class Pipeline:
         init_images: (B, 3, H, W) in -1 ... 1, taken `strength` of the way to noise and denoised from there.
         eta: noise added by ddim (0 none, 1 as much as DDPM); samplers that are stochastic by name always use 1.
         cache: where reused tensors are kept; None makes one in float16. attention: "explicit" writes every map out.
-        wrap: what the sampler is given instead of the model's `denoise(x, t, call)`, made from it: to watch or replay it.
+        wrap: makes what the sampler is given out of the model's `denoise(x, t, call)`, to watch or replay it.
 
         Raises: ValueError with one sentence for an argument that does not fit; PlanError for a plan that does not.
         """

@@ -1,6 +1,7 @@
 """Plan builders: which of the sampler's U-Net calls reuse. Every policy is a function of (calls, sites).
 
-HURRY and PHAST are the paper's (arXiv 2401.01008); `early`, `interval` and `random` are controls.
+HURRY and PHAST are the paper's (arXiv 2401.01008); `early`, `interval` and `random` are controls; the published
+relatives are plans over the same sites.
 """
 
 from __future__ import annotations
@@ -52,7 +53,58 @@ def random(calls: int, sites: Iterable[Site], *, k: int | None = None, seed: int
     return _stepwise(calls, sites, chosen)
 
 
-POLICIES: dict[str, Policy] = {f.__name__: f for f in (none, hurry, phast, early, interval, random)}
+def deepcache(calls: int, sites: Iterable[Site], *, every: int = 2, branch: int = 0) -> ReusePlan:
+    """DeepCache (arXiv 2312.00858), uniform: every n-th call runs whole, the others enter the U-Net at `branch`.
+
+    Source: horseee/DeepCache `DeepCache/extension/deepcache.py`.
+    """
+    _require_count("every", every)
+    return ReusePlan.stepwise(np.arange(calls) % every != 0, select(sites, kind="deep", branch=branch))
+
+
+def tgate(calls: int, sites: Iterable[Site], *, gate: int | None = None, every: int = 5, warmup: int = 2) -> ReusePlan:
+    """T-GATE (arXiv 2404.02747): from call `gate` on, cross attention's output is kept and guidance is dropped.
+
+    Before the gate and after `warmup`, self attention's output is computed at multiples of `every` only. gate: half of
+    the calls unless given.
+    Source: HaozheLiu-ST/T-GATE `tgate/tgate_utils.py` (`tgate_scheduler`).
+    """
+    gate = max(1, calls // 2) if gate is None else gate
+    if not 1 <= gate <= calls:
+        raise PlanError(f"gate is {gate} of {calls} calls, expected 1 to {calls}")
+    _require_count("every", every)
+    call, sites = np.arange(calls), tuple(sites)
+    planning = (call > warmup) & (call < gate - 1) & (call % every != 0)
+    cross = ReusePlan.stepwise(call >= gate, select(sites, "cross", "out"))
+    joined = cross | ReusePlan.stepwise(planning, select(sites, "self", "out"))
+    return ReusePlan(joined.mask, joined.sites, tuple(bool(c < gate) for c in call))
+
+
+def pab(
+    calls: int,
+    sites: Iterable[Site],
+    *,
+    self_every: int = 2,
+    cross_every: int = 6,
+    start: float = 0.2,
+    end: float = 0.9,
+) -> ReusePlan:
+    """Pyramid attention broadcast (arXiv 2408.12588): outputs are reused, self and cross at intervals of their own.
+
+    start, end: the window of the run inside which calls reuse; the defaults are timesteps 800 to 100 of 1000.
+    Source: diffusers `hooks/pyramid_attention_broadcast.py`.
+    """
+    _require_count("self_every", self_every)
+    _require_count("cross_every", cross_every)
+    call, sites = np.arange(calls), tuple(sites)
+    inside = (call > start * calls) & (call < end * calls)
+    own = ReusePlan.stepwise(inside & (call % self_every != 0), select(sites, "self", "out"))
+    return own | ReusePlan.stepwise(inside & (call % cross_every != 0), select(sites, "cross", "out"))
+
+
+STEPWISE: dict[str, Policy] = {f.__name__: f for f in (none, hurry, phast, early, interval, random)}
+RELATIVES: dict[str, Policy] = {f.__name__: f for f in (deepcache, tgate, pab)}  # these choose among all sites
+POLICIES: dict[str, Policy] = STEPWISE | RELATIVES
 
 
 def select(sites: Iterable[Site], which: str = "both", kind: str = "map", branch: int = 0) -> tuple[Site, ...]:
@@ -70,6 +122,11 @@ def select(sites: Iterable[Site], which: str = "both", kind: str = "map", branch
             raise PlanError(f"branch is {branch}, expected 0 to {len(branches) - 1}")
         return (branches[branch],)
     return tuple(s for s in chosen if s.is_cross in wanted[which])
+
+
+def _require_count(name: str, value: int) -> None:
+    if value < 1:
+        raise PlanError(f"{name} is {value}, expected 1 (reuse nothing) or more")
 
 
 def _reuse_count(calls: int, k: int | None) -> int:

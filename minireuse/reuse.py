@@ -57,11 +57,17 @@ class Site:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one U-Net call does: the sites it reuses, those it stores, and those it reads for the last time."""
+    """What one U-Net call does: the sites it reuses, those it stores, and those it reads for the last time.
+
+    half: sites stored by a guided call and reused by this unguided one, which takes the conditional half.
+    mean: stored outputs that only unguided calls read: the mean of both halves is kept (T-GATE).
+    """
 
     reuse: frozenset[Site] = frozenset()
     store: frozenset[Site] = frozenset()
     last: frozenset[Site] = frozenset()
+    half: frozenset[Site] = frozenset()
+    mean: frozenset[Site] = frozenset()
     guided: bool = True  # False: only the conditional half is computed at this call
     explicit: bool = False  # write every attention map out even where it is not stored (the unfused baseline)
 
@@ -133,25 +139,46 @@ class ReusePlan:
     @cached_property
     def _steps(self) -> tuple[StepPlan, ...]:
         read, computed = self._uses
-        reuse: list[set[Site]] = [set() for _ in range(self.calls)]
-        store: list[set[Site]] = [set() for _ in range(self.calls)]
-        last: list[set[Site]] = [set() for _ in range(self.calls)]
+        names = ("reuse", "store", "last", "half", "mean")
+        sets: list[dict[str, set[Site]]] = [{name: set() for name in names} for _ in range(self.calls)]
         for column, site in enumerate(self.sites):
-            read_next = False  # going backwards: is the value as it stands after this call read later on?
+            readers: list[int] = []  # going backwards: the later calls that read the value as it stands after this one
             for call in reversed(range(self.calls)):
                 if read[call, column]:
-                    reuse[call].add(site)
-                    if not read_next:
-                        last[call].add(site)
-                    read_next = True
+                    sets[call]["reuse"].add(site)
+                    if not readers:
+                        sets[call]["last"].add(site)
+                    readers.append(call)
                 elif computed[call, column]:
-                    if read_next:
-                        store[call].add(site)
-                    read_next = False
+                    if readers:
+                        sets[call]["store"].add(site)
+                        self._change_guidance(site, call, readers, sets)
+                    readers = []
         return tuple(
-            StepPlan(frozenset(r), frozenset(s), frozenset(e), g)
-            for r, s, e, g in zip(reuse, store, last, self.guided, strict=True)
+            StepPlan(
+                reuse=frozenset(now["reuse"]),
+                store=frozenset(now["store"]),
+                last=frozenset(now["last"]),
+                half=frozenset(now["half"]),
+                mean=frozenset(now["mean"]),
+                guided=guided,
+            )
+            for now, guided in zip(sets, self.guided, strict=True)
         )
+
+    def _change_guidance(self, site: Site, call: int, readers: list[int], sets: list[dict[str, set[Site]]]) -> None:
+        """Where what a guided call stored is read after guidance ended, say which half of it is meant."""
+        unguided = [r for r in readers if not self.guided[r]]
+        if not self.guided[call]:
+            if len(unguided) < len(readers):
+                raise PlanError(
+                    f"the plan reuses {site.address} of unguided call {call} in a guided one; compute it there"
+                )
+        elif site.kind == "out" and len(unguided) == len(readers):
+            sets[call]["mean"].add(site)
+        else:
+            for r in unguided:
+                sets[r]["half"].add(site)
 
     def step(self, call: int) -> StepPlan:
         """What to do at one call. A site stores only if a later call reads that value."""
@@ -284,10 +311,16 @@ class ReuseCache:
         self._entries.clear()
 
     def store(self, site: Site, value: Tensor, step: StepPlan, dtype: torch.dtype) -> None:
-        """Keep `value`, computed within a run of `dtype`, for later calls."""
+        """Keep `value`, computed within a run of `dtype`, for later calls.
+
+        Shapes: (2B, ...) in a guided call, unconditional half first; (B, ...) in others.
+        """
+        guided = step.guided
+        if site in step.mean:
+            value, guided = torch.stack(value.chunk(2)).mean(dim=0), False
         # A copy even where dtype and device agree: the caller may go on to change its tensor in place.
         kept = value.detach().to(device=self.device or value.device, dtype=self.dtype, copy=True)
-        self._entries[site] = _Entry(kept, dtype, step.guided)
+        self._entries[site] = _Entry(kept, dtype, guided)
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
     def load(self, site: Site, shape: Sequence[int], step: StepPlan, like: Tensor) -> Tensor:
@@ -298,10 +331,13 @@ class ReuseCache:
         entry = self._entries.get(site)
         if entry is None:
             raise CacheError(f"nothing is cached for {site.kind} of {site.address}; was this cache used for call 0?")
+        value, guided = entry.value, entry.guided
+        if site in step.half and guided:
+            value, guided = value.chunk(2)[1], False
         for what, stored, wanted in (
-            ("shape", tuple(entry.value.shape), tuple(shape)),
+            ("shape", tuple(value.shape), tuple(shape)),
             ("dtype", entry.dtype, like.dtype),
-            ("guidance", entry.guided, step.guided),
+            ("guidance", guided, step.guided),
         ):
             if stored != wanted:
                 raise CacheError(
@@ -310,4 +346,4 @@ class ReuseCache:
                 )
         if site in step.last:
             del self._entries[site]
-        return entry.value.to(device=like.device, dtype=like.dtype)
+        return value.to(device=like.device, dtype=like.dtype)

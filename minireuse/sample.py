@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import json
+import operator
 import os
 import platform
 import sys
 import time
 import warnings
 from collections.abc import Iterable
+from functools import reduce
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from tqdm import tqdm
 
 from minireuse.config import PREDICTION_TYPES
 from minireuse.pipeline import ATTENTIONS, Pipeline, load
-from minireuse.policies import POLICIES, select
+from minireuse.policies import POLICIES, RELATIVES, select
 from minireuse.reuse import KINDS, ReuseCache, ReusePlan
 from minireuse.samplers import SAMPLERS
 
@@ -53,11 +56,13 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--guidance-scale", type=float, default=7.5, help="1 is off")
     how.add_argument("--eta", type=float, default=0.0, help="noise added by ddim, 0 none to 1")
     reuse = p.add_argument_group("what to reuse")
-    policy_help = f"{', '.join(POLICIES)}, or a plan file (JSON)"
-    reuse.add_argument("--policy", default="none", metavar="NAME|FILE", help=policy_help)
+    policy_help = f"{', '.join(POLICIES)} (with knobs: deepcache:every=3), a plan file, or several joined by |"
+    reuse.add_argument("--policy", default="none", metavar="POLICY", help=policy_help)
     reuse.add_argument("--reuse", type=int, metavar="K", help="U-Net calls that reuse; default: half of them")
     reuse.add_argument("--sites", choices=("self", "cross", "both"), default="both", help="of which attention")
-    reuse.add_argument("--kind", choices=KINDS, default="map", help="attention maps, or attention outputs")
+    reuse.add_argument(
+        "--kind", choices=KINDS, default="map", help="attention maps, attention outputs, or deep features"
+    )
     reuse.add_argument("--cache-dtype", choices=DTYPES, default="float16")
     model = p.add_argument_group("model and machine")
     model.add_argument(
@@ -166,13 +171,31 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def make_plan(args: argparse.Namespace, calls: int, pipeline: Pipeline) -> ReusePlan:
     """The plan that --policy, --reuse, --sites and --kind describe. Raises: PlanError, ValueError."""
-    if args.policy in POLICIES:
-        knobs = {} if args.policy == "none" else {"k": args.reuse}
-        return POLICIES[args.policy](calls, select(pipeline.sites, args.sites, args.kind), **knobs)
-    path = Path(args.policy)
-    if not path.is_file():
-        raise ValueError(f"--policy is {args.policy!r}, expected one of {', '.join(POLICIES)} or an existing plan file")
-    return ReusePlan.from_json(path.read_text(encoding="utf-8"))
+    plans = [_one_plan(term.strip(), args, calls, pipeline) for term in args.policy.split("|")]
+    return reduce(operator.or_, plans)
+
+
+def _one_plan(term: str, args: argparse.Namespace, calls: int, pipeline: Pipeline) -> ReusePlan:
+    """The plan of a file, or of a policy with its knobs: `deepcache:every=3,branch=1`."""
+    name, _, settings = term.partition(":")
+    if name not in POLICIES:
+        if not Path(term).is_file():
+            known = ", ".join(POLICIES)
+            raise ValueError(f"--policy is {term!r}, expected one of {known}, or an existing plan file")
+        return ReusePlan.from_json(Path(term).read_text(encoding="utf-8"))
+    policy = POLICIES[name]
+    accepted = [p for p in inspect.signature(policy).parameters if p not in ("calls", "sites")]
+    knobs: dict[str, float | None] = {"k": args.reuse} if "k" in accepted else {}
+    for setting in filter(None, settings.split(",")):
+        knob, _, value = setting.partition("=")
+        try:
+            knobs[knob] = float(value) if "." in value else int(value)
+        except ValueError:
+            raise ValueError(f"--policy {term}: {setting!r} is not knob=number") from None
+        if knob not in accepted:
+            raise ValueError(f"--policy {term}: no knob {knob!r}; {name} has {', '.join(accepted) or 'none'}")
+    sites = pipeline.sites if name in RELATIVES else select(pipeline.sites, args.sites, args.kind)
+    return policy(calls, sites, **knobs)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

@@ -38,7 +38,7 @@ from world import (
 
 KINDS = ("background", "count", "shape", "colour", "size", "fill", "relation")
 ATTRIBUTES = ("shape", "colour", "size", "fill")  # of one object
-UNCLEAR = "unclear"  # a colour too far from the whole palette, or a shape too far from all
+UNCLEAR = "unclear"  # a colour too far from the whole palette
 
 FOREGROUND = 30.0  # colour difference from the background and all its shadows that makes a pixel foreground
 DARKEST_SHADOW = 0.68  # of the background's brightness
@@ -46,7 +46,6 @@ SPECK = 60  # pixels; the smallest object covers 220
 COLOUR_REACH = 75.0  # largest difference from a palette colour that may still be called by its name
 STRIPE_CONTRAST = 14.0  # least amplitude of stripes; the faintest true ones have 48 before any blur
 STRIPE_SHARE = 0.3  # least share of the colour variance inside an object that stripes have to explain
-LEAST_OVERLAP = 0.7  # of an object with the best silhouette; sharp ones reach 0.9, worn ones 0.8
 BETWEEN_SIZES = (SIZES["small"][1] + SIZES["large"][0]) / 2
 EXPECTED_DISTANCE = 60.0  # least distance of two objects along their relation's axis in the world
 
@@ -285,9 +284,8 @@ def _fit(mask: Array) -> tuple[str, float, float, float]:
         place = np.array([x, y - template.drop * radius, radius])
         starts.append((_overlap(mask, template, place), template, place))
     starts.sort(key=lambda s: -s[0])
-    overlap, template, place = max((_climb(mask, *start) for start in starts[:5]), key=lambda s: s[0])
-    shape = template.shape if overlap >= LEAST_OVERLAP else UNCLEAR
-    return shape, float(place[0]), float(place[1]), float(place[2])
+    _, template, place = max((_climb(mask, *start) for start in starts[:5]), key=lambda s: s[0])
+    return template.shape, float(place[0]), float(place[1]), float(place[2])
 
 
 def _climb(mask: Array, overlap: float, template: _Template, place: Array) -> tuple[float, _Template, Array]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import minireuse
-from minireuse.policies import hurry, select
+from minireuse.policies import POLICIES, hurry, select
 from minireuse.reuse import PlanError, ReuseCache, ReusePlan
 from minireuse.samplers import SAMPLERS
 
@@ -106,6 +106,40 @@ def test_plans_are_counted_in_calls_not_steps(pipeline: minireuse.Pipeline, samp
     assert result.calls == calls
     with pytest.raises(PlanError, match=f"5 U-Net calls but sampler {sampler} makes {calls}"):
         pipeline.generate(PROMPTS[0], steps=6, sampler=sampler, plan=hurry(5, select(pipeline.sites)))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+@pytest.mark.parametrize("policy", ["deepcache", "tgate", "pab"])
+def test_relatives_run_and_leave_nothing_behind(
+    pipeline: minireuse.Pipeline, policy: str, guidance_scale: float
+) -> None:
+    cache = ReuseCache()
+    plan = POLICIES[policy](8, pipeline.sites) | hurry(8, select(pipeline.sites), k=3)
+    full = pipeline.generate(PROMPTS, steps=8, guidance_scale=guidance_scale)
+    result = pipeline.generate(PROMPTS, steps=8, guidance_scale=guidance_scale, plan=plan, cache=cache)
+    assert len(cache) == 0
+    assert result.cache_peak_bytes > 0
+    assert not torch.equal(full.latents, result.latents)
+
+
+def test_calls_without_guidance_compute_the_conditional_half_alone(pipeline: minireuse.Pipeline) -> None:
+    """A plan that only drops guidance, against a sampler given the same two kinds of eps by hand."""
+    guided = (True, True, False, False)
+    plan = ReusePlan(ReusePlan.nothing(4).mask, (), guided)
+    given = pipeline.generate(PROMPTS[:1], steps=4, plan=plan, guidance_scale=5.0).latents
+    context = pipeline.text.encode(["", PROMPTS[0]])
+
+    def denoise(x: torch.Tensor, t: float, call: int) -> torch.Tensor:
+        with torch.no_grad():
+            conditional = pipeline.unet(x, t, context[1:])
+            if not guided[call]:
+                return conditional
+            unconditional = pipeline.unet(x, t, context[:1])
+        return unconditional + 5.0 * (conditional - unconditional)
+
+    noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))[None]
+    *_, last = SAMPLERS["ddim"](denoise, noise, pipeline.schedule, pipeline.schedule.timesteps(4))
+    assert relative_error(given, last.x) < 1e-5
 
 
 def test_image_to_image_starts_from_the_noised_image(pipeline: minireuse.Pipeline) -> None:

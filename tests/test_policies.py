@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from minireuse.policies import POLICIES, select
-from minireuse.reuse import PlanError, Site
+from minireuse.reuse import PlanError, ReusePlan, Site
 
 SITES = tuple(Site(f"block.{name}", kind) for kind in ("map", "out") for name in ("attn1", "attn2"))
 
@@ -62,9 +62,54 @@ def test_select_by_kind_and_attention() -> None:
         select(SITES, "neither")
 
 
+DEEP = tuple(Site(f"up_blocks.{i}", "deep", depth) for i, depth in enumerate((4, 2, 0)))
+
+
+def column(plan: ReusePlan, site: Site) -> str:
+    return "".join(".#"[int(cell)] for cell in plan.mask[:, plan.sites.index(site)])
+
+
+@pytest.mark.parametrize(
+    ("every", "branch", "grid"),
+    [(2, 0, ".#.#.#.#"), (3, 1, ".##.##.#"), (5, 2, ".####.##"), (1, 0, "........"), (8, 0, ".#######")],
+)
+def test_deepcache_grid(every: int, branch: int, grid: str) -> None:
+    plan = POLICIES["deepcache"](8, SITES + DEEP, every=every, branch=branch)
+    assert (plan.grid, plan.sites) == (grid, (DEEP[2 - branch],))
+
+
+def test_tgate_grid() -> None:
+    plan = POLICIES["tgate"](16, SITES, gate=12, every=4, warmup=2)
+    self_out, cross_out = select(SITES, "self", "out")[0], select(SITES, "cross", "out")[0]
+    assert column(plan, self_out) == "...#.###.##....."
+    assert column(plan, cross_out) == "............####"
+    assert "".join(".#"[g] for g in plan.guided) == "############...."
+    # Stored with both guidance halves at the last guided call, read without: the halves are averaged.
+    assert plan.step(11).mean == plan.step(11).store == {cross_out}
+    assert plan.step(4).mean == set()
+    assert POLICIES["tgate"](10, SITES).guided == (True,) * 5 + (False,) * 5
+    with pytest.raises(PlanError, match="gate is 0"):
+        POLICIES["tgate"](10, SITES, gate=0)
+
+
+def test_pab_grid() -> None:
+    plan = POLICIES["pab"](20, SITES, self_every=2, cross_every=6)
+    assert column(plan, select(SITES, "self", "out")[0]) == ".....#.#.#.#.#.#.#.."
+    assert column(plan, select(SITES, "cross", "out")[0]) == ".....#.#####.#####.."
+    with pytest.raises(PlanError, match="cross_every is 0"):
+        POLICIES["pab"](20, SITES, cross_every=0)
+
+
+def test_plans_combine() -> None:
+    plan = POLICIES["hurry"](8, select(SITES), k=4) | POLICIES["tgate"](8, SITES, gate=6)
+    assert column(plan, select(SITES, "self")[0]) == "....####"
+    assert plan.guided == (True,) * 6 + (False,) * 2
+    # The maps of call 3 have both guidance halves; unguided calls read the conditional one. Cross attention is skipped.
+    assert [set(plan.step(i).half) for i in range(8)] == [set()] * 6 + [set(select(SITES, "self"))] * 2
+
+
 def test_deep_selects_one_branch_counted_from_the_outside() -> None:
-    deep = tuple(Site(f"up_blocks.{i}", "deep", depth) for i, depth in enumerate((4, 2, 0)))
-    assert select(SITES + deep, kind="deep") == (deep[2],)
-    assert select(SITES + deep, kind="deep", branch=2) == (deep[0],)
+    assert select(SITES + DEEP, kind="deep") == (DEEP[2],)
+    assert select(SITES + DEEP, kind="deep", branch=2) == (DEEP[0],)
     with pytest.raises(PlanError, match="branch is 3, expected 0 to 2"):
-        select(SITES + deep, kind="deep", branch=3)
+        select(SITES + DEEP, kind="deep", branch=3)

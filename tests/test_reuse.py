@@ -157,6 +157,26 @@ def test_cache_counts_bytes_and_forgets_after_the_last_read() -> None:
     assert (cache.nbytes, len(cache)) == (0, 0)
 
 
+def test_where_guidance_ends_the_cache_gives_the_conditional_half_or_the_mean() -> None:
+    p = plan("..####", "....##", sites=(A, A_OUT))
+    p = ReusePlan(p.mask, p.sites, (True, True, True, True, False, False))
+    assert [p.step(i).half for i in range(6)] == [set()] * 6  # shadowed where the output is reused
+    p = ReusePlan(plan("..####").mask, (A,), p.guided)
+    assert [A in p.step(i).half for i in range(6)] == [False] * 4 + [True] * 2
+    cache, value = ReuseCache(torch.float32), torch.rand(4, 2, 3, 3)
+    cache.store(A, value, p.step(1), torch.float32)
+    torch.testing.assert_close(cache.load(A, (4, 2, 3, 3), p.step(3), like=value), value)
+    torch.testing.assert_close(cache.load(A, (2, 2, 3, 3), p.step(4), like=value), value[2:])
+
+    p = ReusePlan(plan(".##", sites=(A_OUT,)).mask, (A_OUT,), (True, False, False))
+    cache.store(A_OUT, value, p.step(0), torch.float32)
+    torch.testing.assert_close(cache.load(A_OUT, (2, 2, 3, 3), p.step(1), like=value), (value[:2] + value[2:]) / 2)
+
+    backwards = ReusePlan(plan(".#").mask, (A,), (False, True))
+    with pytest.raises(PlanError, match="unguided call 0"):
+        backwards.step(0)
+
+
 def test_cache_keeps_its_own_copy() -> None:
     cache, value = stored(torch.float32)
     kept = value.clone()

@@ -119,6 +119,23 @@ def test_plan_file_kinds_and_sites(run, tmp_path: Path, pipeline: minireuse.Pipe
     assert json.loads(run("--policy", "mixed.json", "--json")[1])["plan"] is None
 
 
+def test_policies_take_knobs_and_combine(run) -> None:
+    report = json.loads(run("--policy", "deepcache:every=3", "--json")[1])
+    assert report["plan"] == ".##."
+    status, out, _ = run("--policy", "hurry | tgate:gate=3", "--reuse", "1", "--json")
+    assert status == 0
+    assert (json.loads(out)["plan"], json.loads(out)["reused"]) == (None, 1)
+    for policy, message in (
+        ("deepcache:often=2", "no knob 'often'; deepcache has every, branch"),
+        ("deepcache:every", "not knob=number"),
+        ("none:k=1", "none has none"),
+        ("deepcache:every=0", "every is 0"),
+    ):
+        status, _, err = run("--policy", policy)
+        assert status == 2
+        assert message in err
+
+
 def test_every_option_reaches_the_pipeline(run, tmp_path: Path, pipeline: minireuse.Pipeline) -> None:
     Image.fromarray(np.full((16, 24, 3), 128, dtype=np.uint8)).save(tmp_path / "init.png")
     options = (
