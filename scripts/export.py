@@ -1,4 +1,4 @@
-"""Write a trained model as a diffusers folder in float16: `python scripts/export.py --run runs/shapes --out weights`."""
+"""Write a trained model as a float16 diffusers folder: `python scripts/export.py --run runs/shapes --out weights`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from make_tokenizer import make_tokenizer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from make_tokenizer import make_tokenizer
 from train_unet import SCHEDULE_CONFIG, UNET_CONFIG, Model, prepare
 from train_vae import CONFIG as VAE_CONFIG
 from trainer import EMA

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -14,7 +15,6 @@ from minireuse.config import VAEConfig
 from minireuse.vae import VAE
 
 from data import pictures
-from einops import rearrange
 from trainer import train
 
 # Norm groups of 4 and 8 channels: with SD's 32 groups they would hold a single channel here, and normalising each
