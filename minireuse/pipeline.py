@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -116,6 +117,15 @@ class Pipeline:
     @property
     def dtype(self) -> torch.dtype:
         return self.unet.conv_in.weight.dtype
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that tell this U-Net from another, whatever precision it was loaded in."""
+        digest = hashlib.sha256()
+        for tensor in (self.unet.conv_in.weight, self.unet.conv_out.weight, *self.unet.mid_block.parameters()):
+            # Through bfloat16, the coarsest precision a model can be loaded in, and so the same from all of them.
+            digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:12]
 
     def timesteps(self, steps: int, strength: float | None = None) -> list[int]:
         """The timesteps a run visits: all, or with an initial image the last `strength` of them.

@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         peak_lr=args.lr / 2,
         ema_decay=0.995,
         report=lambda step: report("full", step, 32),
-        report_every=250,
+        report_every=500,
     )
 
 
