@@ -87,7 +87,8 @@ def train(
         optimizer.step()
         ema.update(module, step)
         for key, value in {**terms, "grad": norm}.items():
-            running[key] = 0.98 * running.get(key, float(value)) + 0.02 * float(value)
+            now = value.item()
+            running[key] = 0.98 * running.get(key, now) + 0.02 * now
         bar.set_postfix({k: f"{v:.4f}" for k, v in running.items()})
         done = step + 1
         record = {"step": done, "seconds": round(time.time() - started, 1), **running}
