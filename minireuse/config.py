@@ -88,7 +88,7 @@ class UNetConfig:
             "attention_type": "default",
             "resnet_out_scale_factor": 1.0,
             # Without addition_embed_type, which is refused, the first says nothing. The second is a numerical
-            # detail of diffusers' own attention, of no effect on ours, whose softmax is float32 throughout.
+            # detail of diffusers' own attention: in half precision it takes the scores, too, in float32.
             "addition_embed_type_num_heads": raw.get("addition_embed_type_num_heads"),
             "upcast_attention": raw.get("upcast_attention"),
         }

@@ -42,8 +42,7 @@ SD2_TEXT = _CLIP | {
 # Training state and what generation never uses: EMA copies of the U-Net, schedule tables, the loss, OpenCLIP's head.
 _IGNORED = re.compile(
     r"model_ema\..*|cond_stage_model\.logit_scale|.*\.position_ids|.*\.attn_mask|loss\..*"
-    r"|betas|(sqrt_)?(one_minus_)?(recip_)?(recipm1_)?(log_one_minus_)?alphas_cumprod(_prev)?"
-    r"|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|log_one_minus_alphas_cumprod"
+    r"|betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?"
     r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|logvar|scale_factor"
 )
 _IGNORED_SD2 = re.compile(

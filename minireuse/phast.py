@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from minireuse.reuse import PlanError, ReusePlan, Site
 
 
@@ -41,15 +39,17 @@ def search(
     k: int,
     score: Callable[[Any], float],
     journal: Journal | None = None,
-    steepest: bool = False,
+    steepest: bool = True,
     more: Callable[[], bool] = lambda: True,
     on_try: Callable[[ReusePlan, float, float], object] = lambda plan, value, best: None,
 ) -> SearchResult:
     """Improve a step-wise plan by moving one reuse call at a time, until no move improves the score.
 
     plan: where to start, with k reuse calls; HURRY is the method's choice. sites: what reuses at those calls.
-    score: of what `render` gave; larger is better. steepest: try every move and take the best, instead of the first
-    that improves. more: asked before each try; False ends the search. on_try: told each plan, its score and the best.
+    score: of what `render` gave; larger is better.
+    steepest: try every move and take the best, as the method says; False takes the first that improves.
+    more: asked before each try; False ends the search.
+    on_try: told each plan, its score and the best score so far.
     journal: scores of plans tried before, so that an interrupted search goes on where it was.
 
     Raises: PlanError where the start is not step-wise or does not have k reuse calls.
@@ -59,9 +59,13 @@ def search(
     journal = Journal() if journal is None else journal
     tried: dict[str, float] = {}
 
+    def made(row: tuple[bool, ...]) -> ReusePlan:
+        return ReusePlan(ReusePlan.stepwise(row, sites).mask, sites, plan.guided)
+
     def value(row: tuple[bool, ...]) -> float | None:
-        candidate = ReusePlan.stepwise(row, sites)
-        grid = str(candidate)
+        candidate = made(row)
+        grid = candidate.grid
+        assert grid is not None
         if grid not in tried:
             known = journal.get(grid)
             if known is None:
@@ -83,13 +87,13 @@ def search(
         for candidate in _moves(row):
             given = value(candidate)
             if given is None:
-                return SearchResult(ReusePlan.stepwise(winner, sites), best, start, rounds, False, tuple(tried.items()))
+                return SearchResult(made(winner), best, start, rounds, False, tuple(tried.items()))
             if given > best:
                 winner, best, finished = candidate, given, False
                 if not steepest:
                     break
         row = winner
-    return SearchResult(ReusePlan.stepwise(row, sites), best, start, rounds, True, tuple(tried.items()))
+    return SearchResult(made(row), best, start, rounds, True, tuple(tried.items()))
 
 
 def _row(plan: ReusePlan, k: int) -> tuple[bool, ...]:
@@ -124,31 +128,26 @@ class Journal:
         self._path = path
         if path is None:
             return
-        if path.exists():
+        if path.exists() and path.stat().st_size:
             self._read(path, settings)
         else:
             self._append({"settings": settings})
 
     def _read(self, path: Path, settings: dict[str, Any] | None) -> None:
-        whole = 0
-        for number, line in enumerate(path.read_bytes().splitlines(keepends=True)):
-            try:
-                record = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                record = None
-            if not isinstance(record, dict):
-                break  # what follows an unfinished line was never written
-            if number == 0 and record.get("settings") != json.loads(json.dumps(settings)):
-                raise PlanError(f"{path} is the journal of another search; remove it, or name another output")
-            if number > 0:
-                score = record.get("score")
-                if not isinstance(record.get("plan"), str) or not isinstance(score, (int, float)):
-                    raise PlanError(f"{path} line {number + 1} holds no plan and score; remove the file to start again")
-                self._scores[record["plan"]] = float(score)
-            whole += len(line)
-        os.truncate(path, whole)
-        if whole == 0:
-            self._append({"settings": settings})
+        lines = path.read_bytes().splitlines(keepends=True)
+        unfinished = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
+        records = [_record(line) for line in lines]
+        if not records or "settings" not in records[0]:
+            raise PlanError(f"{path} is not a journal; remove it, or name another output")
+        if records[0]["settings"] != json.loads(json.dumps(settings)):
+            raise PlanError(f"{path} is the journal of another search; remove it, or name another output")
+        for number, record in enumerate(records[1:], start=2):
+            plan, score = record.get("plan"), record.get("score")
+            if not isinstance(plan, str) or not isinstance(score, (int, float)):
+                raise PlanError(f"{path} line {number} holds no plan and score; remove that line, or the file")
+            self._scores[plan] = float(score)
+        if unfinished:
+            os.truncate(path, path.stat().st_size - len(unfinished))
 
     def __len__(self) -> int:
         return len(self._scores)
@@ -172,12 +171,9 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def rescale(grid: str, calls: int) -> np.ndarray:
-    """A plan's row for another number of calls: each call does what its place in the old run did; call 0 computes.
-
-    Shapes: -> (calls,) bool.
-    """
-    old = np.array([cell == "#" for cell in grid])
-    row = old[np.minimum((np.arange(calls) + 0.5) * len(old) / calls, len(old) - 1).astype(int)]
-    row[0] = False
-    return row
+def _record(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}

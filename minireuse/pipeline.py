@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -120,11 +123,13 @@ class Pipeline:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits that tell this U-Net from another, whatever precision it was loaded in."""
+        """Twelve hexadecimal digits that tell this U-Net's weights, as they were loaded, from others.
+
+        A model stored in half precision has the same ones in float32, which holds its weights exactly.
+        """
         digest = hashlib.sha256()
-        for tensor in (self.unet.conv_in.weight, self.unet.conv_out.weight, *self.unet.mid_block.parameters()):
-            # Through bfloat16, the coarsest precision a model can be loaded in, and so the same from all of them.
-            digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+        for tensor in self.unet.parameters():
+            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
         return digest.hexdigest()[:12]
 
     def timesteps(self, steps: int, strength: float | None = None) -> list[int]:
@@ -176,6 +181,9 @@ class Pipeline:
         Raises: ValueError with one sentence for an argument that does not fit; PlanError for a plan that does not.
         """
         solver = _sampler(sampler)
+        for name, number in (("eta", eta), ("guidance_scale", guidance_scale)):
+            if not math.isfinite(number):
+                raise ValueError(f"{name} is {number}, expected a finite number")
         if attention not in ATTENTIONS:
             raise ValueError(f"attention is {attention!r}, expected one of {', '.join(ATTENTIONS)}")
         timesteps = self.timesteps(steps, None if init_images is None else strength)
@@ -204,6 +212,7 @@ class Pipeline:
         if wrap is not None:
             denoise = wrap(denoise)
         options = {"eta": eta} if sampler == "ddim" else {}
+        cache.peak_nbytes = 0
 
         self._synchronize()
         started = time.perf_counter()
@@ -230,7 +239,7 @@ class Pipeline:
         """The latents the sampler starts from. Shapes: -> (B, 4, h, w) float32."""
         factor, config = self.vae.config.factor, self.unet.config
         if init_images is not None:
-            size = (init_images.shape[-2], init_images.shape[-1])
+            size = self._check_images(init_images, len(generators), size)
         shape = [config.in_channels]
         for name, pixels in zip(("height", "width"), size, strict=True):
             pixels = config.sample_size * factor if pixels is None else pixels
@@ -251,6 +260,18 @@ class Pipeline:
         clean = self.vae.encode(init_images.to(self.device, self.dtype)).float()
         return self.schedule.alpha(t) * clean + self.schedule.sigma(t) * noise
 
+    def _check_images(self, images: Tensor, batch: int, size: tuple[int | None, int | None]) -> tuple[int, int]:
+        """The size of the initial images. Raises: ValueError where they do not fit the batch, the size or the range."""
+        channels = self.vae.config.in_channels
+        if images.ndim != 4 or images.shape[:2] != (batch, channels):
+            raise ValueError(f"init_images have shape {tuple(images.shape)}, expected ({batch}, {channels}, H, W)")
+        height, width = images.shape[2:]
+        if any(asked not in (None, own) for asked, own in zip(size, (height, width), strict=True)):
+            raise ValueError(f"init_images are {width}x{height}, which is not the size asked for; resize them first")
+        if not -1.01 <= images.min() <= images.max() <= 1.01:
+            raise ValueError("init_images leave -1 ... 1; scale them, as in image / 127.5 - 1")
+        return height, width
+
     def _to_images(self, latents: Tensor) -> np.ndarray:
         """Decode one image at a time, so that memory does not grow with the batch."""
         pixels = torch.cat([self.vae.decode(z[None].to(self.dtype)).float() for z in latents])
@@ -262,6 +283,8 @@ class Pipeline:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
 
 def _sampler(name: str) -> Sampler:
@@ -281,7 +304,7 @@ def _batch(
     """Prompts, seeds and negative prompts, each repeated to the batch where only one is given."""
     columns: dict[str, list] = {
         "prompts": [prompts] if isinstance(prompts, str) else list(prompts),
-        "seeds": [seeds] if isinstance(seeds, int) else list(seeds),
+        "seeds": [seeds] if isinstance(seeds, SupportsIndex) else list(seeds),
         "negative_prompts": [negatives or ""] if negatives is None or isinstance(negatives, str) else list(negatives),
     }
     size = max(map(len, columns.values()))
@@ -289,4 +312,4 @@ def _batch(
         if len(values) not in (1, size) or not values:
             raise ValueError(f"{name} has {len(values)} entries for a batch of {size}, expected 1 or {size}")
     full = [values * size if len(values) == 1 else values for values in columns.values()]
-    return full[0], full[1], full[2]
+    return full[0], [operator.index(seed) for seed in full[1]], full[2]

@@ -6,8 +6,12 @@ relatives are plans over the same sites.
 
 from __future__ import annotations
 
+import inspect
+import operator
 import warnings
 from collections.abc import Callable, Iterable
+from functools import reduce
+from pathlib import Path
 
 import numpy as np
 
@@ -49,6 +53,7 @@ def interval(calls: int, sites: Iterable[Site], *, k: int | None = None) -> Reus
 def random(calls: int, sites: Iterable[Site], *, k: int | None = None, seed: int = 0) -> ReusePlan:
     """k calls drawn at random, never the first, as a control."""
     k = _reuse_count(calls, k)
+    _require_whole("seed", seed, 0)
     chosen = np.random.default_rng(seed).choice(np.arange(1, calls), size=k, replace=False) if k else ()
     return _stepwise(calls, sites, chosen)
 
@@ -58,7 +63,7 @@ def deepcache(calls: int, sites: Iterable[Site], *, every: int = 2, branch: int 
 
     Source: horseee/DeepCache `DeepCache/extension/deepcache.py`.
     """
-    _require_count("every", every)
+    _require_whole("every", every, 1)
     return ReusePlan.stepwise(np.arange(calls) % every != 0, select(sites, kind="deep", branch=branch))
 
 
@@ -70,9 +75,9 @@ def tgate(calls: int, sites: Iterable[Site], *, gate: int | None = None, every: 
     Source: HaozheLiu-ST/T-GATE `tgate/tgate_utils.py` (`tgate_scheduler`).
     """
     gate = max(1, calls // 2) if gate is None else gate
-    if not 1 <= gate <= calls:
-        raise PlanError(f"gate is {gate} of {calls} calls, expected 1 to {calls}")
-    _require_count("every", every)
+    _require_whole("gate", gate, 1, calls)
+    _require_whole("warmup", warmup, 0)
+    _require_whole("every", every, 1)
     call, sites = np.arange(calls), tuple(sites)
     planning = (call > warmup) & (call < gate - 1) & (call % every != 0)
     cross = ReusePlan.stepwise(call >= gate, select(sites, "cross", "out"))
@@ -94,8 +99,10 @@ def pab(
     start, end: the window of the run inside which calls reuse; the defaults are timesteps 800 to 100 of 1000.
     Source: diffusers `hooks/pyramid_attention_broadcast.py`.
     """
-    _require_count("self_every", self_every)
-    _require_count("cross_every", cross_every)
+    _require_whole("self_every", self_every, 1)
+    _require_whole("cross_every", cross_every, 1)
+    if not 0 <= start <= end <= 1:
+        raise PlanError(f"the window is {start} to {end}, expected 0 <= start <= end <= 1")
     call, sites = np.arange(calls), tuple(sites)
     inside = (call > start * calls) & (call < end * calls)
     own = ReusePlan.stepwise(inside & (call % self_every != 0), select(sites, "self", "out"))
@@ -111,28 +118,70 @@ def select(sites: Iterable[Site], which: str = "both", kind: str = "map", branch
     """The sites of one kind, in self attention, cross attention or both; of `deep` the one number `branch`.
 
     Branch 0 skips most: only the first and the last layer of the U-Net still run (DeepCache, arXiv 2312.00858).
+    Raises: PlanError where there is no such site.
     """
     wanted = {"self": (False,), "cross": (True,), "both": (False, True)}
     if which not in wanted:
         raise PlanError(f"sites is {which!r}, expected self, cross or both")
     chosen = [s for s in sites if s.kind == kind]
     if kind == "deep":
-        branches = sorted(chosen, key=lambda s: s.depth)
-        if not 0 <= branch < len(branches):
-            raise PlanError(f"branch is {branch}, expected 0 to {len(branches) - 1}")
+        branches = sorted(chosen, key=lambda s: s.depth or 0)
+        _require_whole("branch", branch, 0, len(branches) - 1)
         return (branches[branch],)
-    return tuple(s for s in chosen if s.is_cross in wanted[which])
+    chosen = [s for s in chosen if s.is_cross in wanted[which]]
+    if not chosen:
+        raise PlanError(f"none of the sites given is of kind {kind!r} in {which} attention; pass pipe.sites")
+    return tuple(chosen)
 
 
-def _require_count(name: str, value: int) -> None:
-    if value < 1:
-        raise PlanError(f"{name} is {value}, expected 1 (reuse nothing) or more")
+def build(
+    expression: str,
+    calls: int,
+    sites: Iterable[Site],
+    *,
+    k: int | None = None,
+    which: str = "both",
+    kind: str = "map",
+) -> ReusePlan:
+    """The plan a text names: a policy, with knobs as in `deepcache:every=3`, a plan file, or several joined by `|`.
+
+    sites: the model's; k, which, kind: for the policies that reuse the sites they are given.
+    Raises: PlanError for an unknown name or knob, or what the policy itself refuses; OSError for an unreadable file.
+    """
+    sites = tuple(sites)
+    return reduce(operator.or_, (_term(t.strip(), calls, sites, k, which, kind) for t in expression.split("|")))
+
+
+def _term(term: str, calls: int, sites: tuple[Site, ...], k: int | None, which: str, kind: str) -> ReusePlan:
+    name, _, settings = term.partition(":")
+    if name not in POLICIES:
+        if not Path(term).is_file():
+            known = ", ".join(POLICIES)
+            raise PlanError(f"policy is {term!r}, expected one of {known}, or an existing plan file")
+        return ReusePlan.from_json(Path(term).read_text(encoding="utf-8"))
+    policy = POLICIES[name]
+    accepted = [p for p in inspect.signature(policy).parameters if p not in ("calls", "sites")]
+    knobs: dict[str, float | None] = {"k": k} if "k" in accepted else {}
+    for setting in filter(None, settings.split(",")):
+        knob, _, value = setting.partition("=")
+        try:
+            knobs[knob] = float(value) if "." in value else int(value)
+        except ValueError:
+            raise PlanError(f"policy {term}: {setting!r} is not knob=number") from None
+        if knob not in accepted:
+            raise PlanError(f"policy {term}: no knob {knob!r}; {name} has {', '.join(accepted) or 'none'}")
+    return policy(calls, sites if name in RELATIVES else select(sites, which, kind), **knobs)
+
+
+def _require_whole(name: str, value: float, least: int, most: int | None = None) -> None:
+    if not isinstance(value, (int, np.integer)) or value < least or (most is not None and value > most):
+        upward = "upwards" if most is None else f"to {most}"
+        raise PlanError(f"{name} is {value}, expected a whole number from {least} {upward}")
 
 
 def _reuse_count(calls: int, k: int | None) -> int:
     k = calls // 2 if k is None else k
-    if not 0 <= k < calls:
-        raise PlanError(f"k is {k} reuse calls of {calls}, expected 0 to {calls - 1}: the first call has to compute")
+    _require_whole("k", k, 0, calls - 1)  # the first call has to compute
     return k
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,11 +13,10 @@ from minireuse.pipeline import Pipeline
 from minireuse.reuse import ReuseCache, ReusePlan, Site, StepPlan
 from minireuse.samplers import Denoise
 
-Did = tuple[frozenset[Site], frozenset[Site], bool]  # what tells two calls apart: sites reused, sites stored, guidance
 
-
-def did(step: StepPlan) -> Did:
-    return step.reuse, step.store, step.guided
+def did(step: StepPlan) -> StepPlan:
+    """What tells two calls apart; when an entry is dropped changes no result."""
+    return replace(step, last=frozenset())
 
 
 def refill(plan: ReusePlan, first: int) -> set[int]:
@@ -42,7 +41,7 @@ class Node:
     """One call of a trajectory, and what followed it: trajectories that begin alike share their nodes."""
 
     eps: Tensor | None = None
-    after: dict[Did, Node] = field(default_factory=dict)
+    after: dict[StepPlan, Node] = field(default_factory=dict)
 
 
 class Renderer:

@@ -37,7 +37,7 @@ class Site:
 
     address: str
     kind: str
-    depth: int = field(default=0, compare=False)  # layers from the U-Net's ends; given by the U-Net
+    depth: int | None = field(default=None, compare=False)  # layers from the U-Net's ends; known to its own sites
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -51,6 +51,8 @@ class Site:
     def skips(self, other: Site) -> bool:
         """Whether reusing this site means that the other one is neither computed nor read."""
         if self.kind == "deep":
+            if self.depth is None or other.depth is None:
+                raise PlanError("the plan does not know how deep its sites lie; call plan.on(pipe.sites) first")
             return other.depth > self.depth
         return self.kind == "out" and other.kind == "map" and other.address == self.address
 
@@ -59,15 +61,13 @@ class Site:
 class StepPlan:
     """What one U-Net call does: the sites it reuses, those it stores, and those it reads for the last time.
 
-    half: sites stored by a guided call and reused by this unguided one, which takes the conditional half.
-    mean: stored outputs that only unguided calls read: the mean of both halves is kept (T-GATE).
+    half: sites stored by a guided call and reused by this unguided one.
     """
 
     reuse: frozenset[Site] = frozenset()
     store: frozenset[Site] = frozenset()
     last: frozenset[Site] = frozenset()
     half: frozenset[Site] = frozenset()
-    mean: frozenset[Site] = frozenset()
     guided: bool = True  # False: only the conditional half is computed at this call
     explicit: bool = False  # write every attention map out even where it is not stored (the unfused baseline)
 
@@ -139,7 +139,7 @@ class ReusePlan:
     @cached_property
     def _steps(self) -> tuple[StepPlan, ...]:
         read, computed = self._uses
-        names = ("reuse", "store", "last", "half", "mean")
+        names = ("reuse", "store", "last", "half")
         sets: list[dict[str, set[Site]]] = [{name: set() for name in names} for _ in range(self.calls)]
         for column, site in enumerate(self.sites):
             readers: list[int] = []  # going backwards: the later calls that read the value as it stands after this one
@@ -152,7 +152,12 @@ class ReusePlan:
                 elif computed[call, column]:
                     if readers:
                         sets[call]["store"].add(site)
-                        self._change_guidance(site, call, readers, sets)
+                    for reader in readers:
+                        if self.guided[reader] and not self.guided[call]:
+                            where = f"{site.kind} of {site.address}"
+                            raise PlanError(f"the plan reuses {where} of unguided call {call} in a guided one")
+                        if self.guided[call] and not self.guided[reader]:
+                            sets[reader]["half"].add(site)
                     readers = []
         return tuple(
             StepPlan(
@@ -160,25 +165,10 @@ class ReusePlan:
                 store=frozenset(now["store"]),
                 last=frozenset(now["last"]),
                 half=frozenset(now["half"]),
-                mean=frozenset(now["mean"]),
                 guided=guided,
             )
             for now, guided in zip(sets, self.guided, strict=True)
         )
-
-    def _change_guidance(self, site: Site, call: int, readers: list[int], sets: list[dict[str, set[Site]]]) -> None:
-        """Where what a guided call stored is read after guidance ended, say which half of it is meant."""
-        unguided = [r for r in readers if not self.guided[r]]
-        if not self.guided[call]:
-            if len(unguided) < len(readers):
-                raise PlanError(
-                    f"the plan reuses {site.address} of unguided call {call} in a guided one; compute it there"
-                )
-        elif site.kind == "out" and len(unguided) == len(readers):
-            sets[call]["mean"].add(site)
-        else:
-            for r in unguided:
-                sets[r]["half"].add(site)
 
     def step(self, call: int) -> StepPlan:
         """What to do at one call. A site stores only if a later call reads that value."""
@@ -213,9 +203,10 @@ class ReusePlan:
         return _draw(self.mask[:, 0]) if (self.mask == self.mask[:, :1]).all() else None
 
     def __str__(self) -> str:
-        if self.grid is not None:
+        if self.grid is not None and all(self.guided):
             return self.grid
-        return "\n".join(f"{_draw(c)} {s.kind:4} {s.address}" for c, s in zip(self.mask.T, self.sites, strict=True))
+        rows = [f"{_draw(c)} {s.kind:4} {s.address}" for c, s in zip(self.mask.T, self.sites, strict=True)]
+        return "\n".join(rows if all(self.guided) else [*rows, f"{_draw(np.array(self.guided))} guided"])
 
     def _key(self) -> tuple[Any, ...]:
         columns = {s: c.tobytes() for s, c in zip(self.sites, self.mask.T, strict=True) if c.any()}
@@ -315,12 +306,9 @@ class ReuseCache:
 
         Shapes: (2B, ...) in a guided call, unconditional half first; (B, ...) in others.
         """
-        guided = step.guided
-        if site in step.mean:
-            value, guided = torch.stack(value.chunk(2)).mean(dim=0), False
         # A copy even where dtype and device agree: the caller may go on to change its tensor in place.
         kept = value.detach().to(device=self.device or value.device, dtype=self.dtype, copy=True)
-        self._entries[site] = _Entry(kept, dtype, guided)
+        self._entries[site] = _Entry(kept, dtype, step.guided)
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
     def load(self, site: Site, shape: Sequence[int], step: StepPlan, like: Tensor) -> Tensor:
@@ -333,7 +321,10 @@ class ReuseCache:
             raise CacheError(f"nothing is cached for {site.kind} of {site.address}; was this cache used for call 0?")
         value, guided = entry.value, entry.guided
         if site in step.half and guided:
-            value, guided = value.chunk(2)[1], False
+            unconditional, conditional = value.chunk(2)
+            # Where guidance has ended T-GATE goes on with the mean of both halves' cross attention (arXiv 2404.02747).
+            averaged = site.kind == "out" and site.is_cross
+            value, guided = (unconditional + conditional) / 2 if averaged else conditional, False
         for what, stored, wanted in (
             ("shape", tuple(value.shape), tuple(shape)),
             ("dtype", entry.dtype, like.dtype),

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import inspect
+import io
 import itertools
 import json
-import operator
 import os
 import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterable
-from functools import reduce
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,19 +24,28 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minireuse.config import PREDICTION_TYPES
+from minireuse.files import read_lines, write_whole
 from minireuse.pipeline import ATTENTIONS, Pipeline, load
-from minireuse.policies import POLICIES, RELATIVES, select
+from minireuse.policies import POLICIES, build
 from minireuse.reuse import KINDS, ReuseCache, ReusePlan
 from minireuse.samplers import SAMPLERS
 
 DTYPES = ("float32", "float16", "bfloat16")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except where the default is to do nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m minireuse.sample",
         description="Generate images with Stable Diffusion, reusing attention maps between sampling steps.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     what = p.add_argument_group("what to paint")
     what.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="one or several prompts")
@@ -111,7 +118,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     prompts, seeds = _prompts(args), _seeds(args)
     jobs = list(itertools.product(prompts, seeds))
-    targets = _targets(args.out, len(jobs), args.overwrite)
+    targets = _targets(args.out, len(jobs))
+    written: list[Path] = []
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}, expected 1 or more")
     pipeline = load(
@@ -124,14 +132,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     init_image = None if args.init_image is None else _read_image(args.init_image, args, pipeline)
     strength = None if init_image is None else args.strength
     calls = pipeline.calls(args.sampler, args.steps, strength)
-    plan = make_plan(args, calls, pipeline)
+    plan = build(args.policy, calls, pipeline.sites, k=args.reuse, which=args.sites, kind=args.kind)
 
     seconds, peak = 0.0, 0
     batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
     steps = len(pipeline.timesteps(args.steps, strength)) * len(batches)
     hidden = args.quiet or args.json
     with tqdm(total=steps, desc=plan.grid or "reuse by site", unit="step", disable=hidden, dynamic_ncols=True) as bar:
-        for start, batch in zip(itertools.count(0, args.batch_size), batches, strict=False):
+        for batch in batches:
             cache = ReuseCache(getattr(torch, args.cache_dtype))
             result = pipeline.generate(
                 [prompt for prompt, _ in batch],
@@ -151,10 +159,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 on_step=lambda step: bar.update(),
             )
             seconds, peak = seconds + result.seconds, max(peak, result.cache_peak_bytes)
-            for (prompt, seed), image, target in zip(batch, result.images, targets[start:], strict=False):
-                _save(target, image, _metadata(args, prompt, seed, plan, image))
+            for (prompt, seed), image in zip(batch, result.images, strict=True):
+                png = _png(image, _metadata(args, prompt, seed, plan, image))
+                written.append(write_whole(targets(), png, overwrite=args.overwrite))
     return {
-        "images": [str(t) for t in targets],
+        "images": [str(path) for path in written],
         "seconds": seconds,
         "seconds_total": time.perf_counter() - started,
         "calls": calls,
@@ -169,40 +178,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def make_plan(args: argparse.Namespace, calls: int, pipeline: Pipeline) -> ReusePlan:
-    """The plan that --policy, --reuse, --sites and --kind describe. Raises: PlanError, ValueError."""
-    plans = [_one_plan(term.strip(), args, calls, pipeline) for term in args.policy.split("|")]
-    return reduce(operator.or_, plans)
-
-
-def _one_plan(term: str, args: argparse.Namespace, calls: int, pipeline: Pipeline) -> ReusePlan:
-    """The plan of a file, or of a policy with its knobs: `deepcache:every=3,branch=1`."""
-    name, _, settings = term.partition(":")
-    if name not in POLICIES:
-        if not Path(term).is_file():
-            known = ", ".join(POLICIES)
-            raise ValueError(f"--policy is {term!r}, expected one of {known}, or an existing plan file")
-        return ReusePlan.from_json(Path(term).read_text(encoding="utf-8"))
-    policy = POLICIES[name]
-    accepted = [p for p in inspect.signature(policy).parameters if p not in ("calls", "sites")]
-    knobs: dict[str, float | None] = {"k": args.reuse} if "k" in accepted else {}
-    for setting in filter(None, settings.split(",")):
-        knob, _, value = setting.partition("=")
-        try:
-            knobs[knob] = float(value) if "." in value else int(value)
-        except ValueError:
-            raise ValueError(f"--policy {term}: {setting!r} is not knob=number") from None
-        if knob not in accepted:
-            raise ValueError(f"--policy {term}: no knob {knob!r}; {name} has {', '.join(accepted) or 'none'}")
-    sites = pipeline.sites if name in RELATIVES else select(pipeline.sites, args.sites, args.kind)
-    return policy(calls, sites, **knobs)
-
-
 def _prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt or [])
     if args.prompts_file is not None:
-        lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
-        prompts += [line for line in lines if line.strip()]
+        prompts += read_lines(args.prompts_file)
     if not prompts:
         raise ValueError('no prompt given; use --prompt "a red circle" or --prompts-file FILE')
     return prompts
@@ -219,25 +198,21 @@ def _seeds(args: argparse.Namespace) -> list[int]:
     return args.seed if len(args.seed) > 1 else [args.seed[0] + i for i in range(args.num_images)]
 
 
-def _targets(out: Path | None, count: int, overwrite: bool) -> list[Path]:
-    """Where the images go: checked before any work, so that nothing is lost to a bad path at the end."""
+def _targets(out: Path | None, count: int) -> Callable[[], Iterator[Path]]:
+    """The file names to try for an image, in order. Raises: ValueError for a path that cannot hold `count` images."""
     out = out or Path("out.png" if count == 1 else "out")
-    as_file = out.suffix.lower() == ".png" and not out.is_dir()
-    if as_file and count > 1:
-        raise ValueError(f"--out {out} names one file for {count} images; give a folder")
-    if not as_file and out.suffix and not out.is_dir():
-        raise ValueError(f"--out {out} is neither a .png file nor a folder; images are written as PNG")
-    folder = out.parent if as_file else out
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"--out folder {folder} is not writable; choose another")
-    names: Iterable[Path]
-    if as_file:
-        names = itertools.chain([out], (out.with_stem(f"{out.stem}-{i}") for i in itertools.count(1)))
-    else:
-        names = (folder / f"{i:05d}.png" for i in itertools.count())
-    free = (name for name in names if overwrite or not name.exists())
-    return list(itertools.islice(free, count))
+    if out.suffix.lower() in IMAGE_SUFFIXES and not out.is_dir():
+        if out.suffix.lower() != ".png":
+            raise ValueError(f"--out is {out}, but images are written as PNG; name a .png file or a folder")
+        if count > 1:
+            raise ValueError(f"--out {out} names one file for {count} images; give a folder")
+        return lambda: itertools.chain([out], (out.with_stem(f"{out.stem}-{i}") for i in itertools.count(1)))
+    # Whether the place can be written to is found out now, not after the work.
+    above = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"--out {out} cannot be made a folder in {above}; choose another place")
+    numbers = itertools.count()  # shared: what was taken once is not tried again
+    return lambda: (out / f"{i:05d}.png" for i in numbers)
 
 
 def _read_image(path: Path, args: argparse.Namespace, pipeline: Pipeline) -> Tensor:
@@ -263,6 +238,10 @@ def _metadata(args: argparse.Namespace, prompt: str, seed: int, plan: ReusePlan,
         "sampler": args.sampler,
         "steps": str(args.steps),
         "guidance_scale": str(args.guidance_scale),
+        "eta": str(args.eta),
+        "init_image": "none" if args.init_image is None else f"{args.init_image}, strength {args.strength}",
+        "attention": args.attention,
+        "dtype": args.dtype,
         "size": f"{image.shape[1]}x{image.shape[0]}",
         "model": _model_name(args),
         "policy": args.policy,
@@ -276,17 +255,13 @@ def _model_name(args: argparse.Namespace) -> str:
     return "shipped" if args.model is None else str(args.model)
 
 
-def _save(path: Path, image: np.ndarray, metadata: dict[str, str]) -> None:
-    """Write a PNG under its final name only once it is whole."""
+def _png(image: np.ndarray, metadata: dict[str, str]) -> bytes:
     chunks = PngInfo()
     for key, value in metadata.items():
         chunks.add_itxt(key, value)
-    part = path.with_suffix(".part")
-    try:
-        Image.fromarray(image).save(part, format="PNG", pnginfo=chunks)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="PNG", pnginfo=chunks)
+    return file.getvalue()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import re
 import shlex
@@ -18,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from minireuse import phast
+from minireuse.files import read_lines, write_whole
 from minireuse.metrics import psnr
 from minireuse.pipeline import Pipeline, load, shipped_model
 from minireuse.policies import hurry, select
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts", type=int, default=8, metavar="N", help="how many of them; prompt i takes seed i")
     p.add_argument("--seed", type=int, default=0, help="seed of the first prompt")
     p.add_argument("--check", type=int, default=8, metavar="N", help="further prompts, for scoring the plan found")
-    p.add_argument("--steepest", action="store_true", help="try every move in each round before taking the best")
+    p.add_argument("--first", action="store_true", help="take the first move that improves, not the best of all")
     p.add_argument("--budget", metavar="N|Nmin", help="stop after so many U-Net calls, or minutes")
     p.add_argument("--model", type=Path, metavar="PATH")
     p.add_argument("--tokenizer", metavar="PATH|NAME")
@@ -80,20 +80,22 @@ def run(args: argparse.Namespace) -> None:
     as_file = args.out.suffix == ".json"
     if as_file and len(counts) > 1:
         raise ValueError(f"--out {args.out} names one file for {len(counts)} plans; give a folder")
-    (args.out.parent if as_file else args.out).mkdir(parents=True, exist_ok=True)
+    sites = select(pipeline.sites, args.sites, args.kind)
+    starts = {k: hurry(calls, sites, k=k) for k in counts}  # refuses an impossible k before any work
+    files = {k: args.out if as_file else args.out / f"{args.sampler}-{args.steps}-{args.kind}-{k}.json" for k in counts}
+    for out in files.values():
+        if out.exists() and not _journal(out).exists():
+            raise ValueError(f"{out} exists; remove it, or give another --out")
+        out.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     calibration, unseen = prompts[: args.prompts], prompts[args.prompts :]
     render = make_renderer(args, pipeline, calibration, args.seed)
     reference = render(ReusePlan.nothing(calls))
-    for k in counts:
-        name = f"{args.sampler}-{args.steps}-{args.kind}-{k}.json"
-        out = args.out if as_file else args.out / name
-        settings = describe(args, pipeline, calibration, k)
-        record = out.with_suffix(".journal.jsonl")
-        if out.exists() and not record.exists():
-            raise ValueError(f"{out} exists; remove it, or give another --out")
-        journal = phast.Journal(record, settings)
-        start = hurry(calls, select(pipeline.sites, args.sites, args.kind), k=k)
+    for k, start in starts.items():
+        if not more(render.calls, time.monotonic() - began):
+            raise ValueError(f"--budget {args.budget} was spent before the search for k = {k} began; give a larger one")
+        out, settings = files[k], describe(args, pipeline, calibration, k)
+        journal = phast.Journal(_journal(out), settings)
         before = render.calls, render.naive_calls
         with tqdm(desc=f"k = {k}", unit="plan", disable=args.quiet) as bar:
 
@@ -104,11 +106,11 @@ def run(args: argparse.Namespace) -> None:
             result = phast.search(
                 render,
                 start,
-                start.sites,
+                sites,
                 k=k,
                 score=lambda images: fidelity(images, reference),
                 journal=journal,
-                steepest=args.steepest,
+                steepest=not args.first,
                 more=lambda: more(render.calls, time.monotonic() - began),
                 on_try=show,
             )
@@ -119,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
             "rounds": result.rounds,
             "finished": result.finished,
             "plans_tried": len(result.tried),
-            "calls_made": spent,
+            "calls_made": spent,  # since the last resumption, like the next
             "calls_naive": naive,
             "command": args.command,
             "versions": f"torch {torch.__version__}, python {platform.python_version()}",
@@ -129,8 +131,13 @@ def run(args: argparse.Namespace) -> None:
             scores = check(args, pipeline, unseen, args.seed + args.prompts, {"phast": result.plan, "hurry": start})
             about |= {"unseen_prompts": unseen, "score_unseen": scores["phast"], "score_unseen_hurry": scores["hurry"]}
             summary += f"; on {len(unseen)} unseen prompts {scores['phast']:.2f}, HURRY {scores['hurry']:.2f}"
-        write_plan(out, result.plan, about)
+        text = json.dumps(json.loads(result.plan.to_json()) | {"about": about}, indent=2) + "\n"
+        write_whole([out], text.encode(), overwrite=True)  # only ever over a plan of this very search
         print(f"{summary}; {spent} U-Net calls made, {naive} without sharing; {out}")
+
+
+def _journal(out: Path) -> Path:
+    return out.with_suffix(".journal.jsonl")
 
 
 def make_renderer(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], seed: int) -> Renderer:
@@ -172,7 +179,7 @@ def read_prompts(path: Path | None, model: Path | None, count: int) -> list[str]
     if path is None and model is not None:
         raise ValueError("no calibration prompts are known for this model; give --prompts-file, one prompt per line")
     path = path or shipped_model() / "prompts" / "calibration.txt"
-    prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = read_lines(path)
     if count < 1 or len(prompts) < count:
         raise ValueError(f"{path} holds {len(prompts)} prompts, {count} are wanted; lower --prompts or --check")
     return prompts[:count]
@@ -191,16 +198,9 @@ def describe(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], k
         "guidance_scale": args.guidance_scale,
         "prompts": prompts,
         "first_seed": args.seed,
-        "steepest": args.steepest,
+        "steepest": not args.first,
         "dtype": str(pipeline.dtype),
     }
-
-
-def write_plan(path: Path, plan: ReusePlan, about: dict[str, Any]) -> None:
-    """A plan file with the story of its search, under its final name only once it is whole."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(json.loads(plan.to_json()) | {"about": about}, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

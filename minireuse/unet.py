@@ -169,31 +169,33 @@ class UNet(nn.Module):
         if step is not None and (step.reuse or step.store) and cache is None:
             raise ValueError("this step reuses or stores but there is no cache; pass a ReuseCache")
         step = PLAIN if step is None else step
-        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
+        # A number is filled in on the device: copying it there would make the host wait for the device at every call.
+        t = t.expand(x.shape[0]) if isinstance(t, Tensor) else torch.full((x.shape[0],), float(t), device=x.device)
         time = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
 
         down, up = self._down_layers(), self._up_layers()
-        # At most one: a reused deep feature skips the deeper ones.
-        entry = next((j for j, site in enumerate(self.deep_sites) if site in step.reuse), None)
+        # Where the walk enters the up path: at most one deep feature is reused, since it skips the deeper ones.
+        entry = next((j for j, site in enumerate(self.deep_sites) if site in step.reuse), 0)
+        entered = self.deep_sites[entry]
         skips = []
-        for layer in down[: len(down) - (entry or 0)]:
+        for layer in down[: len(down) - entry]:
             x = layer(x, time, context, step, cache)
             skips.append(x)
-        if entry is None:
+        if cache is not None and entered in step.reuse:
+            x = cache.load(entered, _entering(up[entry], skips[-1]), step, like=x)
+        else:
             x = self.mid_block(x, time, context, step, cache)
-        elif cache is not None:
-            x = cache.load(self.deep_sites[entry], self._entering(entry, skips[-1]), step, like=x)
-        for layer, site in zip(up[entry or 0 :], self.deep_sites[entry or 0 :], strict=True):
+        for layer, site in zip(up[entry:], self.deep_sites[entry:], strict=True):
             if cache is not None and site in step.store:
                 cache.store(site, x, step, dtype=x.dtype)
             x = layer(torch.cat([x, skips.pop()], dim=1), time, context, step, cache)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def _entering(self, j: int, skip: Tensor) -> tuple[int, ...]:
-        """The shape of what enters layer j of the up path together with `skip`."""
-        module = self._up_layers()[j].module
-        assert isinstance(module, ResnetBlock)
-        return (skip.shape[0], module.norm1.num_channels - skip.shape[1], *skip.shape[2:])
+
+def _entering(layer: Layer, skip: Tensor) -> tuple[int, ...]:
+    """The shape of what enters a layer of the up path together with `skip`."""
+    assert isinstance(layer.module, ResnetBlock)
+    return (skip.shape[0], layer.module.norm1.num_channels - skip.shape[1], *skip.shape[2:])
 
 
 def _resnet(in_channels: int, out_channels: int, config: UNetConfig) -> ResnetBlock:

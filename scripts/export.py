@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from make_tokenizer import make_tokenizer
-from train_unet import SCHEDULE_CONFIG, UNET_CONFIG, Model, prepare
+from minireuse.vae import VAE
+
+from train_unet import SCHEDULE_CONFIG, UNET_CONFIG, Model, run_tokenizer
 from train_vae import CONFIG as VAE_CONFIG
 from trainer import EMA
 
@@ -43,9 +45,13 @@ def write(folder: Path, config: dict, name: str, tensors: dict[str, Tensor] | No
         save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
 
 
-def export(run: Path, out: Path, scenes: int) -> None:
-    tokenizer = make_tokenizer(run / "tokenizer")
-    _, vae = prepare(run, scenes, "cpu")
+def export(run: Path, out: Path) -> None:
+    """Write the run's model to a folder that appears under its name only once it is whole."""
+    final, out = out, out.with_name(out.name + ".part")
+    shutil.rmtree(out, ignore_errors=True)
+    tokenizer = run_tokenizer(run / "tokenizer")
+    vae = VAE(VAE_CONFIG)
+    vae.load_state_dict(load_file(run / "vae-standard.safetensors"))
     model = Model(tokenizer)
     state = torch.load(run / "full.pt", weights_only=True, map_location="cpu")
     model.load_state_dict(state["module"])
@@ -64,18 +70,18 @@ def export(run: Path, out: Path, scenes: int) -> None:
     text_config.pop("transformers_version", None)
     text_config.pop("dtype", None)
     write(out / "text_encoder", text_config, "config.json", half(text, prefix))
-    shutil.copytree(run / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+    shutil.copytree(run / "tokenizer", out / "tokenizer")
+    os.replace(out, final)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--scenes", type=int, default=10_000, help="as in training")
     args = parser.parse_args(argv)
-    if args.out.exists() and any(args.out.iterdir()):
-        raise SystemExit(f"error: {args.out} is not empty; name a new folder, or remove it first")
-    export(args.run, args.out, args.scenes)
+    if args.out.exists():
+        raise SystemExit(f"error: {args.out} exists; name a new folder, or remove it first")
+    export(args.run, args.out)
     size = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file())
     print(f"{args.out}: {size / 1e6:.1f} MB")
 

@@ -47,7 +47,8 @@ def make_tokenizer(folder: Path, captions: int = 4000, vocabulary: int = 1024) -
         "unk_token": end,
         "pad_token": end,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     specials = {k: v for k, v in settings.items() if k.endswith("_token")}
     (folder / "special_tokens_map.json").write_text(json.dumps(specials, indent=2))
+    # Last: its presence says that the folder is complete.
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     return CLIPTokenizer.from_pretrained(folder)

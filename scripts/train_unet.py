@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTokenizer
@@ -113,7 +114,7 @@ def standardise(vae: VAE, mean: Tensor, std: Tensor) -> None:
 
 
 def prepare(folder: Path, count: int, device: str) -> tuple[Tensor, VAE]:
-    """Latents of the first `count` training scenes, and the VAE standardised on them."""
+    """Latents of the first `count` training scenes, with mean 0 and variance 1, and the VAE that gives such latents."""
     vae, path = trained_vae(folder), folder / f"latents-{count}.pt"
     if not path.exists():
         latents = encode_all(vae, pictures(folder, count), device)
@@ -122,7 +123,15 @@ def prepare(folder: Path, count: int, device: str) -> tuple[Tensor, VAE]:
     latents = torch.load(path, weights_only=True)
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     standardise(vae, mean, std)
+    save_file(vae.state_dict(), folder / "vae-standard.safetensors")  # what the U-Net is trained with, for the export
     return (latents - mean[:, None, None]) / std[:, None, None], vae
+
+
+def run_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The run's tokenizer, made once: another version of a library must not renumber the words of a trained model."""
+    if (folder / "tokenizer_config.json").exists():
+        return CLIPTokenizer.from_pretrained(folder)
+    return make_tokenizer(folder)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -137,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
 
-    tokenizer = make_tokenizer(args.out / "tokenizer")
+    tokenizer = run_tokenizer(args.out / "tokenizer")
     latents, vae = prepare(args.out, args.scenes, args.device)
     scenes = [scene_at(0, i) for i in range(args.scenes)]
     table = torch.linspace(SCHEDULE_CONFIG.beta_start, SCHEDULE_CONFIG.beta_end, 1000, dtype=torch.float64)

@@ -377,12 +377,10 @@ def degrade(image: Array, blur: float, noise: float, rng: np.random.Generator) -
 def _generate(args: argparse.Namespace, scenes: Sequence[Scene]) -> list[Array]:
     """A picture for each scene's plain caption, seeded by its number."""
     import minireuse  # here, so that --validate does without torch
-    from minireuse.policies import POLICIES, select
+    from minireuse.policies import build
 
-    if args.policy not in POLICIES:
-        raise ValueError(f"--policy is {args.policy!r}, expected one of {', '.join(POLICIES)}")
     pipe = minireuse.load(args.model)
-    plan = POLICIES[args.policy](pipe.calls("ddim", args.steps), select(pipe.sites))
+    plan = build(args.policy, pipe.calls("ddim", args.steps), pipe.sites)
     images: list[Array] = []
     for start in tqdm(range(0, len(scenes), 10), desc="generate"):
         prompts = [caption(scene) for scene in scenes[start : start + 10]]

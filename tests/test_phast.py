@@ -11,8 +11,8 @@ import pytest
 
 import minireuse
 from minireuse.metrics import psnr
-from minireuse.phast import Journal, rescale, search
-from minireuse.policies import early, hurry, interval, select
+from minireuse.phast import Journal, search
+from minireuse.policies import early, hurry, interval, select, tgate
 from minireuse.render import Renderer, refill
 from minireuse.reuse import PlanError, ReusePlan, Site
 
@@ -40,10 +40,10 @@ def test_search_finds_the_optimum_of_a_smooth_landscape(k: int, steepest: bool) 
 def test_search_stops_at_a_local_optimum_of_single_swaps() -> None:
     """Two calls that are only good together cannot be reached by moving one."""
     trap = {"..##": 1.0, ".##.": 2.0}
-    result = search(lambda plan: str(plan), hurry(4, [A], k=2), [A], k=2, score=lambda g: trap.get(g, 0.0))
+    result = search(lambda plan: plan.grid, hurry(4, [A], k=2), [A], k=2, score=lambda g: trap.get(g, 0.0))
     assert (str(result.plan), result.score) == (".##.", 2.0)
     deceptive = {"...###": 1.0, ".##..#": 9.0}
-    result = search(lambda plan: str(plan), hurry(6, [A], k=3), [A], k=3, score=lambda g: deceptive.get(g, 0.0))
+    result = search(lambda plan: plan.grid, hurry(6, [A], k=3), [A], k=3, score=lambda g: deceptive.get(g, 0.0))
     assert (str(result.plan), result.rounds) == ("...###", 1)
 
 
@@ -107,20 +107,12 @@ def test_journal_refuses_another_search_and_broken_lines(tmp_path: Path) -> None
     path.write_text('{"settings": {"k": 3}}\n{"plan": 7}\n')
     with pytest.raises(PlanError, match="line 2"):
         Journal(path, {"k": 3})
-    path.write_text("not json\n")
-    assert len(Journal(path, {"k": 3})) == 0
-    assert path.read_text() == '{"settings": {"k": 3}}\n'
-
-
-def test_rescaled_plans_keep_their_shape() -> None:
-    def drawn(grid: str, calls: int) -> str:
-        return "".join(".#"[int(cell)] for cell in rescale(grid, calls))
-
-    assert drawn("..##", 8) == "....####"
-    assert drawn("....####", 4) == "..##"
-    assert drawn(".#.#", 4) == ".#.#"
-    assert drawn(".###", 1) == "."
-    assert drawn(".###", 100)[0] == "."
+    plan_file = tmp_path / "plan.json"
+    for text in ("not json\n", hurry(3, [A], k=1).to_json() + "\n"):
+        plan_file.write_text(text)
+        with pytest.raises(PlanError, match="not a journal"):
+            Journal(plan_file, {"k": 3})
+        assert plan_file.read_text() == text  # what was not ours is left as it was
 
 
 def test_refill_names_the_calls_that_stored_what_is_still_read() -> None:
@@ -137,8 +129,17 @@ def test_refill_names_the_calls_that_stored_what_is_still_read() -> None:
     assert refill(both, 5) == {1, 3}
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpmpp_2m", "dpmpp_2m_sde"])
-@pytest.mark.parametrize("kind", ["map", "out", "deep"])
+@pytest.mark.parametrize(
+    ("sampler", "kind"),
+    [
+        ("ddim", "map"),
+        ("ddim", "out"),
+        ("plms", "deep"),
+        ("dpmpp_2m", "map"),
+        ("dpm_solver_3", "out"),
+        ("euler_a", "deep"),
+    ],
+)
 def test_shared_beginnings_change_no_bit(pipeline: minireuse.Pipeline, sampler: str, kind: str) -> None:
     prompts, seeds = ["a red circle", "a star"], [0, 1]
     render = Renderer(pipeline, prompts, seeds, sampler=sampler, steps=6)
@@ -148,14 +149,20 @@ def test_shared_beginnings_change_no_bit(pipeline: minireuse.Pipeline, sampler: 
     swapped = list(first.mask[:, 0])
     swapped[-1], swapped[2] = False, True
     plans = [ReusePlan.nothing(calls), first, ReusePlan.stepwise(swapped, sites), interval(calls, sites, k=2)]
-    plans += [first | early(calls, select(pipeline.sites, "cross", "out"), k=1), first]
+    plans += [first | early(calls, select(pipeline.sites, "cross", "out"), k=1), first | tgate(calls, pipeline.sites)]
+    # Guidance that comes back: the same sites reused and stored, from another half.
+    outs = select(pipeline.sites, "cross", "out")
+    guided = (True, False, *[True] * (calls - 2))
+    plans += [ReusePlan.stepwise([i in at for i in range(calls)], outs) for at in ((1,), (1, 2))]
+    plans[-2:] = [ReusePlan(p.mask, p.sites, guided) for p in plans[-2:]]
+    plans += [first]
     for plan in plans:
         made = render.calls
         naive = pipeline.generate(prompts, seeds=seeds, steps=6, sampler=sampler, plan=plan)
         assert np.array_equal(render(plan), naive.images)
     assert render.calls == made  # the last plan was known from end to end
     assert render.naive_calls == len(plans) * calls
-    assert render.calls < 0.8 * render.naive_calls
+    assert render.calls < 0.9 * render.naive_calls
 
 
 def test_psnr_against_the_definition() -> None:

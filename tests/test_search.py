@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 import minireuse
 from minireuse import search
@@ -81,9 +80,9 @@ def test_several_counts_fill_a_folder(run, tmp_path: Path) -> None:
     [
         (("--out", "p.json", "--reuse", "1", "2"), "one file for 2 plans"),
         (("--out", "p.json", "--budget", "soon"), "--budget is 'soon'"),
-        (("--out", "p.json", "--budget", "3"), "does not even cover the start"),
+        (("--out", "p.json", "--budget", "3"), "was spent before the search for k = 3 began"),
         (("--out", "p.json", "--prompts", "9"), "holds 3 prompts, 10 are wanted"),
-        (("--out", "p.json", "--reuse", "6"), "k is 6 reuse calls of 6"),
+        (("--out", "p.json", "--reuse", "6"), "k is 6, expected"),
         (("--out", "taken.json"), "exists; remove it"),
     ],
 )
@@ -100,14 +99,15 @@ def test_a_foreign_model_needs_prompts(model_folder: Path, capsys: pytest.Captur
     assert "--prompts-file" in capsys.readouterr().err
 
 
-def test_fingerprint_tells_models_apart_but_not_precisions(
-    model_folder: Path, v_model_folder: Path, pipeline: minireuse.Pipeline
-) -> None:
-    half = minireuse.load(model_folder, device="cpu", dtype="bfloat16")
-    assert half.fingerprint == pipeline.fingerprint
-    with torch.no_grad():
-        half.unet.conv_out.weight[0, 0, 0, 0] += 1
-    assert half.fingerprint != pipeline.fingerprint
+def test_fingerprint_tells_weights_apart(model_folder: Path, pipeline: minireuse.Pipeline) -> None:
+    other = minireuse.load(model_folder, device="cpu")
+    assert other.fingerprint == pipeline.fingerprint
+    other.unet.half()
+    in_half = other.fingerprint
+    assert in_half != pipeline.fingerprint
+    assert (other.unet.float(), other.fingerprint)[1] == in_half  # float32 holds half precision exactly
+    other.unet.up_blocks[0].resnets[0].conv1.bias[0] += 1
+    assert other.fingerprint != in_half
 
 
 def test_minutes_and_calls_as_budget() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "minireuse"
 TIERS = (
-    ("config",),
+    ("config", "files"),
     ("schedule", "reuse"),
     ("layers", "samplers", "policies", "phast"),
     ("attention",),
@@ -48,9 +48,10 @@ def test_no_file_is_long() -> None:
 
 def test_samplers_plans_and_search_cost_torch_alone() -> None:
     code = (
-        "import sys\n"
-        "import minireuse, minireuse.samplers, minireuse.policies, minireuse.reuse, minireuse.schedule\n"
-        "print([m for m in ('transformers', 'diffusers', 'safetensors', 'minireuse.unet') if m in sys.modules])"
+        "import sys, minireuse\n"
+        "from minireuse import phast, policies, reuse, samplers, schedule\n"
+        "heavy = ('transformers', 'diffusers', 'safetensors', 'einops', 'PIL', 'minireuse.unet')\n"
+        "print([m for m in heavy if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -96,9 +96,10 @@ def test_the_chain_from_scenes_to_a_folder_that_loads(tmp_path: Path) -> None:
     options = ["--scenes", "32", "--small-steps", "1", "--steps", "1", "--samples", "0", "--batch", "4"]
     train_unet.main([*run, *options, "--device", "cpu"])
     folder = tmp_path / "model"
-    export.main(["--run", str(tmp_path / "run"), "--out", str(folder), "--scenes", "32"])
-    with pytest.raises(SystemExit, match="not empty"):
-        export.main(["--run", str(tmp_path / "run"), "--out", str(folder), "--scenes", "32"])
+    export.main(["--run", str(tmp_path / "run"), "--out", str(folder)])
+    with pytest.raises(SystemExit, match="exists; name a new folder"):
+        export.main(["--run", str(tmp_path / "run"), "--out", str(folder)])
+    assert not list(tmp_path.rglob("*.part"))
     result = minireuse.load(folder, device="cpu").generate("a red circle", steps=2)
     assert result.images.shape == (1, 128, 128, 3)
     assert diffusers.StableDiffusionPipeline.from_pretrained(folder).unet.config.sample_size == 32

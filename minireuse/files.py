@@ -1,0 +1,45 @@
+"""Writing files so that nothing is lost: whole or not at all, and never over another file unasked."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def write_whole(targets: Iterable[Path], data: bytes, *, overwrite: bool = False) -> Path:
+    """Write `data` under the first of `targets` that is free (or the first at all), and say which one it was.
+
+    The file appears under its name only once it is whole, and two processes that write at once never meet in one name.
+    Raises: OSError; FileExistsError where no target is free.
+    """
+    for target in targets:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.chmod(part, 0o666 & ~_umask())
+            if overwrite:
+                os.replace(part, target)
+            else:
+                os.link(part, target)  # unlike a rename, this fails where the name is taken
+            return target
+        except FileExistsError:
+            continue
+        finally:
+            Path(part).unlink(missing_ok=True)
+    raise FileExistsError("every file name to write to is taken; give another one, or allow overwriting")
+
+
+def _umask() -> int:
+    """The permissions that new files do not get; temporary files are made private, results are not."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank. Raises: OSError, UnicodeDecodeError."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
