@@ -161,6 +161,8 @@ def _term(term: str, calls: int, sites: tuple[Site, ...], k: int | None, which: 
         return ReusePlan.from_json(Path(term).read_text(encoding="utf-8"))
     policy = POLICIES[name]
     accepted = [p for p in inspect.signature(policy).parameters if p not in ("calls", "sites")]
+    if k is not None and name in RELATIVES:
+        raise PlanError(f"policy {name} takes no number of reuse calls; it has the knobs {', '.join(accepted)}")
     knobs: dict[str, float | None] = {"k": k} if "k" in accepted else {}
     for setting in filter(None, settings.split(",")):
         knob, _, value = setting.partition("=")

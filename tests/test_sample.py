@@ -14,7 +14,7 @@ from PIL import Image
 
 import minireuse
 from minireuse import sample
-from minireuse.policies import hurry, select
+from minireuse.policies import early, hurry, select
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_plan_file_kinds_and_sites(run, tmp_path: Path, pipeline: minireuse.Pipe
 def test_policies_take_knobs_and_combine(run) -> None:
     report = json.loads(run("--policy", "deepcache:every=3", "--json")[1])
     assert report["plan"] == ".##."
-    status, out, _ = run("--policy", "hurry | tgate:gate=3", "--reuse", "1", "--json")
+    status, out, _ = run("--policy", "hurry:k=1 | tgate:gate=3", "--json")
     assert status == 0
     assert (json.loads(out)["plan"], json.loads(out)["reused"]) == (None, 1)
     for policy, message in (
@@ -130,13 +130,19 @@ def test_policies_take_knobs_and_combine(run) -> None:
         ("deepcache:every", "not knob=number"),
         ("none:k=1", "none has none"),
         ("deepcache:every=0", "every is 0"),
+        ("deepcache:every=2.5", "every is 2.5, expected a whole number"),
+        ("hurry:k=1.5", "k is 1.5, expected a whole number"),
+        ("pab:start=0.9,end=0.1", "the window is 0.9 to 0.1"),
     ):
         status, _, err = run("--policy", policy)
         assert status == 2
         assert message in err
+    status, _, err = run("--policy", "tgate", "--reuse", "2")
+    assert status == 2
+    assert "takes no number of reuse calls" in err
 
 
-def test_every_option_reaches_the_pipeline(run, tmp_path: Path, pipeline: minireuse.Pipeline) -> None:
+def test_an_initial_image_is_resized_and_denoised(run, tmp_path: Path, pipeline: minireuse.Pipeline) -> None:
     Image.fromarray(np.full((16, 24, 3), 128, dtype=np.uint8)).save(tmp_path / "init.png")
     options = (
         "--negative-prompt cross --sampler ddim --guidance-scale 3 --eta 0.5 --attention explicit --width 24"
@@ -160,6 +166,40 @@ def test_every_option_reaches_the_pipeline(run, tmp_path: Path, pipeline: minire
     with Image.open(tmp_path / "a.png") as image:
         assert np.array_equal(np.array(image), expected.images[0])
         assert image.text["cache_dtype"] == "bfloat16"
+
+
+def test_every_option_arrives_where_it_belongs(
+    run, tmp_path: Path, pipeline: minireuse.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every option at another value than its default, watched at the two calls that take them."""
+    seen: dict[str, object] = {}
+
+    def load(path: Path, **given: object) -> minireuse.Pipeline:
+        seen.update(given, path=path)
+        return pipeline
+
+    def generate(self: minireuse.Pipeline, prompts: list[str], **given: object) -> object:
+        seen.update(given, prompts=prompts)
+        return original(self, prompts, **given)
+
+    original = minireuse.Pipeline.generate
+    monkeypatch.setattr(sample, "load", load)
+    monkeypatch.setattr(minireuse.Pipeline, "generate", generate)
+    options = (
+        "--negative-prompt cross --sampler plms --guidance-scale 3 --eta 0.25 --attention explicit --width 24 --seed 9"
+        " --height 8 --cache-dtype float32 --policy early --reuse 2 --kind out --sites cross --tokenizer t --dtype"
+        " bfloat16 --prediction-type v_prediction --batch-size 1 --quiet"
+    )
+    assert run(*options.split())[0] == 0
+    expected = {
+        **{"path": Path(str(seen["path"])), "device": "cpu", "dtype": "bfloat16", "tokenizer": "t"},
+        **{"prediction_type": "v_prediction", "prompts": ["a red circle"], "negative_prompts": "cross", "steps": 4},
+        **{"sampler": "plms", "guidance_scale": 3.0, "seeds": [9], "height": 8, "width": 24, "eta": 0.25},
+        **{"attention": "explicit", "init_images": None},
+    }
+    assert {name: seen[name] for name in expected} == expected
+    assert seen["plan"] == early(5, select(pipeline.sites, "cross", "out"), k=2)
+    assert seen["cache"].dtype == torch.float32  # type: ignore[attr-defined]
 
 
 def test_long_prompts_and_phast_say_what_they_do(run) -> None:

@@ -1,0 +1,45 @@
+"""Files appear whole, under a free name, and leave nothing beside them."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from minireuse.files import read_lines, write_whole
+
+
+def test_the_first_free_name_is_taken(tmp_path: Path) -> None:
+    names = [tmp_path / "sub" / f"{i}.png" for i in range(3)]
+    assert [write_whole(names, bytes([i])) for i in range(3)] == names
+    assert [p.read_bytes() for p in names] == [b"\0", b"\1", b"\2"]
+    with pytest.raises(FileExistsError, match="taken"):
+        write_whole(names, b"x")
+    assert write_whole(names, b"x", overwrite=True) == names[0]
+    assert sorted(p.name for p in (tmp_path / "sub").iterdir()) == ["0.png", "1.png", "2.png"]
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    assert stat.S_IMODE(names[1].stat().st_mode) == stat.S_IMODE(ordinary.stat().st_mode)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    target = tmp_path / "a.png"
+    monkeypatch.setattr("minireuse.files.os.link", full)
+    with pytest.raises(OSError, match="No space"):
+        write_whole([target], b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_neighbours_part_file_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.part").write_text("mine")
+    write_whole([tmp_path / "a.png"], b"x")
+    assert (tmp_path / "a.part").read_text() == "mine"
+
+
+def test_blank_lines_are_no_prompts(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a circle\n\n  \na stär\n", encoding="utf-8")
+    assert read_lines(tmp_path / "p.txt") == ["a circle", "a stär"]
