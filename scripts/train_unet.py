@@ -1,14 +1,16 @@
 """Train the small U-Net and text encoder on latents of scenes: `python scripts/train_unet.py --out runs/shapes`.
 
-First on latents averaged over 2x2 positions, where a step costs a quarter and the layout of a scene is learned, then
-at full size. v-prediction (arXiv 2202.00512) on a schedule that ends in almost pure noise, without loss weights: with
-noise prediction on SD's own schedule this small model paints the right shapes on the wrong backgrounds.
+First on latents averaged over 2x2 positions, where a step costs a quarter and the layout of a scene is learned; then
+in turn on windows around single objects, just as cheap, and on whole scenes. v-prediction (arXiv 2202.00512) on a
+schedule that ends in almost pure noise, without loss weights: with noise prediction on SD's own schedule this small
+model paints the right shapes on the wrong backgrounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ from make_tokenizer import make_tokenizer
 from train_vae import CONFIG as VAE_CONFIG
 from train_vae import save_grid, to_tensor
 from trainer import EMA, train
-from world import caption, vary_caption
+from world import SIDE, Scene, caption, vary_caption
 
 UNET_CONFIG = UNetConfig(
     block_out_channels=(32, 64, 128, 128),
@@ -51,6 +53,7 @@ SCHEDULE_CONFIG = ScheduleConfig(
 # The distribution of training timesteps, as quantiles: three quarters from the middle of the schedule, where shapes are
 # decided. Above it only places and colours are, below it nothing but texture.
 TIMESTEPS = ((0.0, 0.075, 0.825, 1.0), (0, 150, 650, 1000))
+VIEWS = ("pooled", "close", "whole")
 DROP_TEXT = 0.1  # of the prompts are empty, for classifier-free guidance
 
 
@@ -134,6 +137,30 @@ def run_tokenizer(folder: Path) -> CLIPTokenizer:
     return make_tokenizer(folder)
 
 
+def look(latents: Tensor, scenes: list[Scene], view: str, rng: np.random.Generator) -> tuple[Tensor, list[Scene]]:
+    """What a batch shows, and the scenes to tell of it.
+
+    pooled: the whole at half the resolution, for learning places and colours at a quarter of the cost. close: a window
+    of half the side around one object, told as if it stood alone, for learning shapes and fills at that cost. whole.
+    Shapes: latents (B, 4, 32, 32) -> (B, 4, 16, 16), or as they are.
+    """
+    if view == "pooled":
+        return F.avg_pool2d(latents, 2), scenes
+    if view == "whole":
+        return latents, scenes
+    side = latents.shape[-1] // 2
+    cell = SIDE / latents.shape[-1]
+    windows, alone = [], []
+    for latent, scene in zip(latents, scenes, strict=True):
+        o = scene.objects[rng.integers(len(scene.objects))]
+        x, y = np.clip(np.round(np.array([o.x, o.y]) / cell + rng.uniform(-1.5, 1.5, 2) - side / 2), 0, side).astype(
+            int
+        )
+        windows.append(latent[:, y : y + side, x : x + side])
+        alone.append(replace(scene, objects=(o,), relation=None))
+    return torch.stack(windows), alone
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
@@ -154,15 +181,13 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     model = Model(tokenizer).to(args.device)
 
-    def loss_at(step: int, small: bool) -> dict[str, Tensor]:
-        rng = np.random.default_rng([2, int(small), step])
-        generator = torch.Generator().manual_seed(2 * step + small)
-        batch = args.batch if small else args.batch // 2
+    def loss_at(step: int, view: str) -> dict[str, Tensor]:
+        rng = np.random.default_rng([2, VIEWS.index(view), step])
+        generator = torch.Generator().manual_seed(len(VIEWS) * step + VIEWS.index(view))
+        batch = args.batch // 2 if view == "whole" else args.batch
         chosen = rng.choice(len(latents), batch, replace=False)
-        prompts = ["" if rng.random() < DROP_TEXT else vary_caption(scenes[i], rng) for i in chosen]
-        x_0 = latents[chosen]
-        if small:
-            x_0 = F.avg_pool2d(x_0, 2)
+        x_0, shown = look(latents[chosen], [scenes[i] for i in chosen], view, rng)
+        prompts = ["" if rng.random() < DROP_TEXT else vary_caption(scene, rng) for scene in shown]
         # One timestep from each of `batch` equal parts of the distribution: the same mean with less variance.
         parts = (np.arange(batch) + rng.random(batch)) / batch
         t = torch.from_numpy(np.interp(parts, *TIMESTEPS).astype(np.int64))
@@ -189,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
         "small",
         args.out,
         model,
-        lambda step: loss_at(step, small=True),
+        lambda step: loss_at(step, "pooled"),
         steps=args.small_steps,
         peak_lr=args.lr,
         ema_decay=0.998,
@@ -199,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
         "full",
         args.out,
         model,
-        lambda step: loss_at(step, small=False),
+        lambda step: loss_at(step, "whole" if step % 2 else "close"),
         steps=args.steps,
         peak_lr=args.lr / 2,
         ema_decay=0.995,
