@@ -153,9 +153,8 @@ def look(latents: Tensor, scenes: list[Scene], view: str, rng: np.random.Generat
     windows, alone = [], []
     for latent, scene in zip(latents, scenes, strict=True):
         o = scene.objects[rng.integers(len(scene.objects))]
-        x, y = np.clip(np.round(np.array([o.x, o.y]) / cell + rng.uniform(-1.5, 1.5, 2) - side / 2), 0, side).astype(
-            int
-        )
+        corner = np.array([o.x, o.y]) / cell - side / 2 + rng.uniform(-1.5, 1.5, 2)
+        x, y = np.clip(np.round(corner), 0, side).astype(int)
         windows.append(latent[:, y : y + side, x : x + side])
         alone.append(replace(scene, objects=(o,), relation=None))
     return torch.stack(windows), alone
@@ -165,10 +164,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--scenes", type=int, default=10_000)
-    parser.add_argument("--small-steps", type=int, default=4500, help="steps on 16x16 latents")
-    parser.add_argument("--steps", type=int, default=1600, help="further steps on 32x32 latents")
+    parser.add_argument("--small-steps", type=int, default=3500, help="steps on pooled latents")
+    parser.add_argument("--steps", type=int, default=10_000, help="further steps, on windows and whole scenes")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--samples", type=int, default=16, help="pictures to look at now and then; 0 is none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)

@@ -90,6 +90,31 @@ def test_crops_are_parts_of_the_images() -> None:
     assert all(x[None].contiguous().numpy().tobytes() in whole for x in late)
 
 
+def test_close_views_show_one_object_and_tell_of_it_alone() -> None:
+    """Windows of an 'image' whose every position holds its own coordinates."""
+    scenes = [scene_at(0, i) for i in range(24)]
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    coordinates = torch.stack([x, y, x, y]).expand(24, -1, -1, -1)
+    windows, shown = train_unet.look(coordinates, scenes, "close", np.random.default_rng(0))
+    assert windows.shape == (24, 4, 16, 16)
+    for window, scene, alone in zip(windows, scenes, shown, strict=True):
+        (told,) = alone.objects
+        assert told in scene.objects
+        assert (alone.relation, alone.background) == (None, scene.background)
+        left, top = 4 * window[0].min(), 4 * window[1].min()  # pixels
+        assert left <= told.x - told.radius + 8
+        assert told.x + told.radius - 8 <= left + 64
+        assert top <= told.y - told.radius + 8
+        assert told.y + told.radius - 8 <= top + 64
+        for other in scene.objects:
+            if other is not told:  # its centre is outside
+                assert not (left <= other.x <= left + 64 and top <= other.y <= top + 64)
+    pooled, same = train_unet.look(coordinates, scenes, "pooled", np.random.default_rng(0))
+    assert pooled.shape == (24, 4, 16, 16)
+    assert pooled[0, 0, 0, 0] == 0.5
+    assert same == scenes
+
+
 def test_the_chain_from_scenes_to_a_folder_that_loads(tmp_path: Path) -> None:
     run = ["--out", str(tmp_path / "run")]
     train_vae.main([*run, "--steps", "1", "--images", "32", "--samples", "0"])
