@@ -16,6 +16,7 @@ from minireuse.vae import VAE
 import export
 import train_unet
 import train_vae
+from data import scene_at
 from trainer import EMA, learning_rate, train
 
 
