@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -304,7 +303,7 @@ def _batch(
     """Prompts, seeds and negative prompts, each repeated to the batch where only one is given."""
     columns: dict[str, list] = {
         "prompts": [prompts] if isinstance(prompts, str) else list(prompts),
-        "seeds": [seeds] if isinstance(seeds, SupportsIndex) else list(seeds),
+        "seeds": [seeds] if isinstance(seeds, (int, np.integer)) else list(seeds),
         "negative_prompts": [negatives or ""] if negatives is None or isinstance(negatives, str) else list(negatives),
     }
     size = max(map(len, columns.values()))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -158,6 +159,12 @@ def test_image_to_image_starts_from_the_noised_image(pipeline: minireuse.Pipelin
     assert pipeline.generate(PROMPTS[0], steps=10, init_images=image, strength=1.0).calls == 10
 
 
+def test_seeds_may_be_numpy_integers(pipeline: minireuse.Pipeline) -> None:
+    plain = pipeline.generate(PROMPTS[0], steps=2, seeds=3).latents
+    assert torch.equal(plain, pipeline.generate(PROMPTS[0], steps=2, seeds=np.int64(3)).latents)
+    assert torch.equal(plain, pipeline.generate(PROMPTS[0], steps=2, seeds=np.array([3])).latents)
+
+
 def test_eta_adds_noise_to_ddim_only(pipeline: minireuse.Pipeline) -> None:
     quiet, noisy = (pipeline.generate(PROMPTS[0], steps=4, eta=eta).latents for eta in (0.0, 1.0))
     assert not torch.allclose(quiet, noisy, atol=1e-2)
@@ -191,6 +198,15 @@ def test_half_precision_keeps_latents_in_float32(model_folder: Path) -> None:
         ({"latents": torch.zeros(1, 4, 8, 8)}, "latents have shape"),
         ({"init_images": torch.zeros(2, 3, 16, 16), "strength": 0.0}, "strength is 0.0"),
         ({"prompts": []}, "prompts has 0 entries"),
+        ({"eta": float("nan")}, "eta is nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
+        (
+            {"init_images": torch.zeros(1, 3, 16, 16)},
+            r"shape \(1, 3, 16, 16\), expected \(2, 3, H, W\)",
+        ),
+        ({"init_images": torch.zeros(3, 16, 16)}, "init_images have shape"),
+        ({"init_images": torch.full((2, 3, 16, 16), 200.0)}, "init_images leave -1"),
+        ({"init_images": torch.zeros(2, 3, 16, 16), "height": 24}, "which is not the size asked for"),
     ],
 )
 def test_bad_arguments_get_one_sentence(
