@@ -170,7 +170,9 @@ class UNet(nn.Module):
             raise ValueError("this step reuses or stores but there is no cache; pass a ReuseCache")
         step = PLAIN if step is None else step
         # A number is filled in on the device: copying it there would make the host wait for the device at every call.
-        t = t.expand(x.shape[0]) if isinstance(t, Tensor) else torch.full((x.shape[0],), float(t), device=x.device)
+        if not isinstance(t, Tensor):
+            t = torch.full((1,), float(t), device=x.device)
+        t = t.to(x.device).expand(x.shape[0])
         time = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
 
         down, up = self._down_layers(), self._up_layers()
