@@ -1,6 +1,6 @@
 """Train the small U-Net and text encoder on latents of scenes: `python scripts/train_unet.py --out runs/shapes`.
 
-First on latents averaged over 2x2 positions, where a step costs a quarter and the layout of a scene is learned; then
+First on scenes at half their size, where a step costs a quarter and colours, places and rough shapes are learned; then
 in turn on windows around single objects, just as cheap, and on whole scenes. v-prediction (arXiv 2202.00512) on a
 schedule that ends in almost pure noise, without loss weights: with noise prediction on SD's own schedule this small
 model paints the right shapes on the wrong backgrounds.
@@ -34,9 +34,9 @@ from trainer import EMA, train
 from world import SIDE, Scene, caption, vary_caption
 
 UNET_CONFIG = UNetConfig(
-    block_out_channels=(32, 64, 128, 128),
+    block_out_channels=(64, 128, 192, 192),
     layers_per_block=1,
-    heads=(1, 2, 4, 4),
+    heads=(2, 4, 6, 6),
     cross_attention_dim=128,
     norm_groups=8,
     sample_size=32,
@@ -53,7 +53,7 @@ SCHEDULE_CONFIG = ScheduleConfig(
 # The distribution of training timesteps, as quantiles: three quarters from the middle of the schedule, where shapes are
 # decided. Above it only places and colours are, below it nothing but texture.
 TIMESTEPS = ((0.0, 0.075, 0.825, 1.0), (0, 150, 650, 1000))
-VIEWS = ("pooled", "close", "whole")
+VIEWS = ("half", "close", "whole")
 DROP_TEXT = 0.1  # of the prompts are empty, for classifier-free guidance
 
 
@@ -92,10 +92,11 @@ def trained_vae(folder: Path) -> VAE:
 
 
 @torch.no_grad()
-def encode_all(vae: VAE, images: np.ndarray, device: str) -> Tensor:
+def encode_all(vae: VAE, images: np.ndarray, shrink: int, device: str) -> Tensor:
+    """Latents of images at 1/shrink of their size. Shapes: (count, H, W, 3) -> (count, 4, H/4/shrink, W/4/shrink)."""
     vae = vae.to(device)
     batches = [
-        vae.encode(to_tensor(np.array(images[i : i + 50])).to(device)).cpu()
+        vae.encode(F.avg_pool2d(to_tensor(np.array(images[i : i + 50])).to(device), shrink)).cpu()
         for i in tqdm(range(0, len(images), 50), desc="encode")
     ]
     vae.to("cpu")
@@ -116,18 +117,24 @@ def standardise(vae: VAE, mean: Tensor, std: Tensor) -> None:
     vae.post_quant_conv.weight *= std[None, :, None, None]
 
 
-def prepare(folder: Path, count: int, device: str) -> tuple[Tensor, VAE]:
-    """Latents of the first `count` training scenes, with mean 0 and variance 1, and the VAE that gives such latents."""
-    vae, path = trained_vae(folder), folder / f"latents-{count}.pt"
-    if not path.exists():
-        latents = encode_all(vae, pictures(folder, count), device)
-        torch.save(latents, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
-    latents = torch.load(path, weights_only=True)
-    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+def prepare(folder: Path, count: int, device: str) -> tuple[Tensor, Tensor, VAE]:
+    """Latents of the first `count` training scenes, whole and at half their size, and the VAE that gives such latents.
+
+    The latents of whole scenes have mean 0 and variance 1. Shapes: (count, 4, 32, 32), (count, 4, 16, 16).
+    """
+    vae = trained_vae(folder)
+    made = []
+    for name, shrink in (("whole", 1), ("half", 2)):
+        path = folder / f"latents-{name}-{count}.pt"
+        if not path.exists():
+            torch.save(encode_all(vae, pictures(folder, count), shrink, device), path.with_suffix(".part"))
+            os.replace(path.with_suffix(".part"), path)
+        made.append(torch.load(path, weights_only=True))
+    mean, std = made[0].mean(dim=(0, 2, 3)), made[0].std(dim=(0, 2, 3))
     standardise(vae, mean, std)
     save_file(vae.state_dict(), folder / "vae-standard.safetensors")  # what the U-Net is trained with, for the export
-    return (latents - mean[:, None, None]) / std[:, None, None], vae
+    whole, half = ((latents - mean[:, None, None]) / std[:, None, None] for latents in made)
+    return whole, half, vae
 
 
 def run_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -137,17 +144,11 @@ def run_tokenizer(folder: Path) -> CLIPTokenizer:
     return make_tokenizer(folder)
 
 
-def look(latents: Tensor, scenes: list[Scene], view: str, rng: np.random.Generator) -> tuple[Tensor, list[Scene]]:
-    """What a batch shows, and the scenes to tell of it.
+def close_up(latents: Tensor, scenes: list[Scene], rng: np.random.Generator) -> tuple[Tensor, list[Scene]]:
+    """A window of half the side around one object of each scene, and that object as if it stood alone.
 
-    pooled: the whole at half the resolution, for learning places and colours at a quarter of the cost. close: a window
-    of half the side around one object, told as if it stood alone, for learning shapes and fills at that cost. whole.
-    Shapes: latents (B, 4, 32, 32) -> (B, 4, 16, 16), or as they are.
+    Shapes and fills are learned from it at a quarter of the cost. Shapes: (B, 4, 32, 32) -> (B, 4, 16, 16).
     """
-    if view == "pooled":
-        return F.avg_pool2d(latents, 2), scenes
-    if view == "whole":
-        return latents, scenes
     side = latents.shape[-1] // 2
     cell = SIDE / latents.shape[-1]
     windows, alone = [], []
@@ -163,17 +164,18 @@ def look(latents: Tensor, scenes: list[Scene], view: str, rng: np.random.Generat
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
-    parser.add_argument("--scenes", type=int, default=10_000)
-    parser.add_argument("--small-steps", type=int, default=3500, help="steps on pooled latents")
-    parser.add_argument("--steps", type=int, default=10_000, help="further steps, on windows and whole scenes")
+    parser.add_argument("--scenes", type=int, default=20_000)
+    parser.add_argument("--half-steps", type=int, default=3000, help="steps on scenes of half the size")
+    parser.add_argument("--steps", type=int, default=5400, help="further steps, on windows and whole scenes")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1.2e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--samples", type=int, default=16, help="pictures to look at now and then; 0 is none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, for processors with such units")
     args = parser.parse_args(argv)
 
     tokenizer = run_tokenizer(args.out / "tokenizer")
-    latents, vae = prepare(args.out, args.scenes, args.device)
+    whole, half, vae = prepare(args.out, args.scenes, args.device)
     scenes = [scene_at(0, i) for i in range(args.scenes)]
     table = torch.linspace(SCHEDULE_CONFIG.beta_start, SCHEDULE_CONFIG.beta_end, 1000, dtype=torch.float64)
     alphas_cumprod = torch.cumprod(1 - table, 0)
@@ -184,8 +186,10 @@ def main(argv: list[str] | None = None) -> None:
         rng = np.random.default_rng([2, VIEWS.index(view), step])
         generator = torch.Generator().manual_seed(len(VIEWS) * step + VIEWS.index(view))
         batch = args.batch // 2 if view == "whole" else args.batch
-        chosen = rng.choice(len(latents), batch, replace=False)
-        x_0, shown = look(latents[chosen], [scenes[i] for i in chosen], view, rng)
+        chosen = rng.choice(len(scenes), batch, replace=False)
+        x_0, shown = (half if view == "half" else whole)[chosen], [scenes[i] for i in chosen]
+        if view == "close":
+            x_0, shown = close_up(x_0, shown, rng)
         prompts = ["" if rng.random() < DROP_TEXT else vary_caption(scene, rng) for scene in shown]
         # One timestep from each of `batch` equal parts of the distribution: the same mean with less variance.
         parts = (np.arange(batch) + rng.random(batch)) / batch
@@ -194,30 +198,30 @@ def main(argv: list[str] | None = None) -> None:
         sigma = (1 - alphas_cumprod[t]).sqrt().float()[:, None, None, None]
         noise = torch.randn(x_0.shape, generator=generator)
         x, target = alpha * x_0 + sigma * noise, alpha * noise - sigma * x_0
-        context = model.text(model.text.tokenize(prompts).to(args.device))
-        v = model.unet(x.to(args.device).contiguous(memory_format=torch.channels_last), t.to(args.device), context)
-        return {"loss": F.mse_loss(v, target.to(args.device))}
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            context = model.text(model.text.tokenize(prompts).to(args.device))
+            v = model.unet(x.to(args.device).contiguous(memory_format=torch.channels_last), t.to(args.device), context)
+        return {"loss": F.mse_loss(v.float(), target.to(args.device))}
 
     def report(name: str, step: int, side: int) -> dict[str, float]:
         if not args.samples:
             return {}
         prompts = [caption(scene_at(3, i)) for i in range(args.samples)]
         x = ddim(model, prompts, side, alphas_cumprod, args.device)
-        if side < 32:  # the decoder only knows full-size latents
-            x = F.interpolate(x, scale_factor=2, mode="bilinear")
         images = torch.cat([vae.decode(row.cpu()) for row in x.split(4)]).clamp(-1, 1)
         save_grid(images, args.out / f"{name}-{step:05d}.png")
         return {}
 
     train(
-        "small",
+        "half",
         args.out,
         model,
-        lambda step: loss_at(step, "pooled"),
-        steps=args.small_steps,
+        lambda step: loss_at(step, "half"),
+        steps=args.half_steps,
         peak_lr=args.lr,
         ema_decay=0.998,
-        report=lambda step: report("small", step, 16),
+        report=lambda step: report("half", step, 16),
+        report_every=500,
     )
     train(
         "full",

@@ -96,7 +96,7 @@ def test_close_views_show_one_object_and_tell_of_it_alone() -> None:
     scenes = [scene_at(0, i) for i in range(24)]
     y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
     coordinates = torch.stack([x, y, x, y]).expand(24, -1, -1, -1)
-    windows, shown = train_unet.look(coordinates, scenes, "close", np.random.default_rng(0))
+    windows, shown = train_unet.close_up(coordinates, scenes, np.random.default_rng(0))
     assert windows.shape == (24, 4, 16, 16)
     for window, scene, alone in zip(windows, scenes, shown, strict=True):
         (told,) = alone.objects
@@ -110,16 +110,24 @@ def test_close_views_show_one_object_and_tell_of_it_alone() -> None:
         for other in scene.objects:
             if other is not told:  # its centre is outside
                 assert not (left <= other.x <= left + 64 and top <= other.y <= top + 64)
-    pooled, same = train_unet.look(coordinates, scenes, "pooled", np.random.default_rng(0))
-    assert pooled.shape == (24, 4, 16, 16)
-    assert pooled[0, 0, 0, 0] == 0.5
-    assert same == scenes
+
+
+def test_latents_are_made_of_whole_scenes_and_of_scenes_at_half_their_size() -> None:
+    vae = VAE(train_vae.CONFIG).eval()
+    images = np.full((3, 128, 128, 3), 200, dtype=np.uint8)
+    images[:, ::2] = 100  # each 2x2 averages to 150
+    half = train_unet.encode_all(vae, images, 2, "cpu")
+    assert half.shape == (3, 4, 16, 16)
+    with torch.no_grad():
+        expected = vae.encode(torch.full((3, 3, 64, 64), 150 / 127.5 - 1))
+    torch.testing.assert_close(half, expected, atol=1e-4, rtol=1e-4)
+    assert train_unet.encode_all(vae, images, 1, "cpu").shape == (3, 4, 32, 32)
 
 
 def test_the_chain_from_scenes_to_a_folder_that_loads(tmp_path: Path) -> None:
     run = ["--out", str(tmp_path / "run")]
     train_vae.main([*run, "--steps", "1", "--images", "32", "--samples", "0"])
-    options = ["--scenes", "32", "--small-steps", "1", "--steps", "1", "--samples", "0", "--batch", "4"]
+    options = ["--scenes", "32", "--half-steps", "1", "--steps", "1", "--samples", "0", "--batch", "4"]
     train_unet.main([*run, *options, "--device", "cpu"])
     folder = tmp_path / "model"
     export.main(["--run", str(tmp_path / "run"), "--out", str(folder)])
