@@ -1,4 +1,4 @@
-"""Writing files so that nothing is lost: whole or not at all, and never over another file unasked."""
+"""Files: where the shipped model lies, and writing so that nothing is lost, whole or not at all, never over another."""
 
 from __future__ import annotations
 
@@ -43,3 +43,9 @@ def _umask() -> int:
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank. Raises: OSError, UnicodeDecodeError."""
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def shipped_model() -> Path:
+    """The folder of the model that comes with the package: inside it when installed, beside it in a checkout."""
+    inside = Path(__file__).parent / "weights"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "weights"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minireuse import checkpoint
 from minireuse.config import PREDICTION_TYPES
+from minireuse.files import shipped_model
 from minireuse.guidance import guided_denoise
 from minireuse.reuse import ReuseCache, ReusePlan, Site
 from minireuse.samplers import SAMPLERS, Denoise, Sampler, Step, count_calls
@@ -70,12 +71,6 @@ def load(
     for module in (unet, vae, text):
         module.eval().requires_grad_(False)
     return Pipeline(unet, vae, text, Schedule.from_config(parts.schedule))
-
-
-def shipped_model() -> Path:
-    """The folder of the model that comes with the package: inside it when installed, beside it in a checkout."""
-    inside = Path(__file__).parent / "weights"
-    return inside if inside.is_dir() else Path(__file__).parents[1] / "weights"
 
 
 def _device(name: str) -> torch.device:

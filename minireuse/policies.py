@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 import operator
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from pathlib import Path
 
 import numpy as np
 
 from minireuse.reuse import PlanError, ReusePlan, Site
+from minireuse.searched import Searched, fit, nearest, plans_of
 
 Policy = Callable[..., ReusePlan]
 
@@ -32,9 +33,32 @@ def hurry(calls: int, sites: Iterable[Site], *, k: int | None = None) -> ReusePl
 
 
 def phast(calls: int, sites: Iterable[Site], *, k: int | None = None) -> ReusePlan:
-    """PHAST: a plan found by search around HURRY. No searched plan ships yet, so this warns and gives HURRY."""
-    warnings.warn("no searched plan for this setting; policy phast falls back to hurry", stacklevel=2)
-    return hurry(calls, sites, k=k)
+    """PHAST: a plan found by search around HURRY. Of those that ship, the nearest; a warning says which.
+
+    Knows neither model nor sampler and takes the plans of DDIM first; `phast_for` knows them.
+    """
+    return phast_for(plans_of())(calls, sites, k=k)
+
+
+def phast_for(plans: Iterable[Searched], sampler: str = "ddim", model: str = "") -> Policy:
+    """The policy `phast` that chooses among these plans for this sampler and model (`Pipeline.fingerprint`)."""
+    plans = list(plans)
+
+    def phast(calls: int, sites: Iterable[Site], *, k: int | None = None) -> ReusePlan:
+        k, sites = _reuse_count(calls, k), tuple(sites)
+        found = nearest(plans, calls, sites, k, sampler, model)
+        advice = "`python -m minireuse.search` searches one for this setting"
+        if found is None:
+            warnings.warn(f"phast knows no plan for sites like these and takes hurry; {advice}", stacklevel=2)
+            return hurry(calls, sites, k=k)
+        plan, exact = found
+        if not exact:
+            whose = "" if plan.model == model else "with another model "
+            run = f"{sampler}, {calls} calls, {k} of them reused"
+            warnings.warn(f"phast takes the plan searched {whose}for {plan}, fitted to {run}; {advice}", stacklevel=2)
+        return ReusePlan.stepwise(fit(plan.row, calls, k), sites)
+
+    return phast
 
 
 def early(calls: int, sites: Iterable[Site], *, k: int | None = None) -> ReusePlan:
@@ -142,24 +166,33 @@ def build(
     k: int | None = None,
     which: str = "both",
     kind: str = "map",
+    policies: Mapping[str, Policy] = POLICIES,
 ) -> ReusePlan:
     """The plan a text names: a policy, with knobs as in `deepcache:every=3`, a plan file, or several joined by `|`.
 
-    sites: the model's; k, which, kind: for the policies that reuse the sites they are given.
+    sites: the model's; k, which, kind: for the policies that reuse the sites they are given; policies: by name.
     Raises: PlanError for an unknown name or knob, or what the policy itself refuses; OSError for an unreadable file.
     """
     sites = tuple(sites)
-    return reduce(operator.or_, (_term(t.strip(), calls, sites, k, which, kind) for t in expression.split("|")))
+    return reduce(operator.or_, (_term(t.strip(), calls, sites, k, which, kind, policies) for t in expression.split("|")))
 
 
-def _term(term: str, calls: int, sites: tuple[Site, ...], k: int | None, which: str, kind: str) -> ReusePlan:
+def _term(
+    term: str,
+    calls: int,
+    sites: tuple[Site, ...],
+    k: int | None,
+    which: str,
+    kind: str,
+    policies: Mapping[str, Policy],
+) -> ReusePlan:
     name, _, settings = term.partition(":")
-    if name not in POLICIES:
+    if name not in policies:
         if not Path(term).is_file():
-            known = ", ".join(POLICIES)
+            known = ", ".join(policies)
             raise PlanError(f"policy is {term!r}, expected one of {known}, or an existing plan file")
         return ReusePlan.from_json(Path(term).read_text(encoding="utf-8"))
-    policy = POLICIES[name]
+    policy = policies[name]
     accepted = [p for p in inspect.signature(policy).parameters if p not in ("calls", "sites")]
     if k is not None and name in RELATIVES:
         raise PlanError(f"policy {name} takes no number of reuse calls; it has the knobs {', '.join(accepted)}")

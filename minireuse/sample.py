@@ -26,9 +26,10 @@ from tqdm import tqdm
 from minireuse.config import PREDICTION_TYPES
 from minireuse.files import read_lines, write_whole
 from minireuse.pipeline import ATTENTIONS, Pipeline, load
-from minireuse.policies import POLICIES, build
+from minireuse.policies import POLICIES, Policy, build, phast_for
 from minireuse.reuse import KINDS, ReuseCache, ReusePlan
 from minireuse.samplers import SAMPLERS
+from minireuse.searched import plans_of
 
 DTYPES = ("float32", "float16", "bfloat16")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -132,7 +133,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     init_image = None if args.init_image is None else _read_image(args.init_image, args, pipeline)
     strength = None if init_image is None else args.strength
     calls = pipeline.calls(args.sampler, args.steps, strength)
-    plan = build(args.policy, calls, pipeline.sites, k=args.reuse, which=args.sites, kind=args.kind)
+    plan = build(
+        args.policy,
+        calls,
+        pipeline.sites,
+        k=args.reuse,
+        which=args.sites,
+        kind=args.kind,
+        policies=POLICIES | _phast(args, pipeline),
+    )
 
     seconds, peak = 0.0, 0
     batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
@@ -176,6 +185,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "seeds": seeds,
         "model": _model_name(args),
     }
+
+
+def _phast(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Policy]:
+    """The policy that knows the plans searched for this model; only if asked for, since they have to be read."""
+    if "phast" not in args.policy:
+        return {}
+    return {"phast": phast_for(plans_of(args.model), args.sampler, pipeline.fingerprint)}
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

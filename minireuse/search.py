@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from minireuse import phast
-from minireuse.files import read_lines, write_whole
+from minireuse.files import read_lines, shipped_model, write_whole
 from minireuse.metrics import psnr
-from minireuse.pipeline import Pipeline, load, shipped_model
+from minireuse.pipeline import Pipeline, load
 from minireuse.policies import hurry, select
 from minireuse.render import Renderer
 from minireuse.reuse import KINDS, ReusePlan

@@ -54,6 +54,7 @@ SCHEDULE_CONFIG = ScheduleConfig(
 # decided. Above it only places and colours are, below it nothing but texture.
 TIMESTEPS = ((0.0, 0.075, 0.825, 1.0), (0, 150, 650, 1000))
 VIEWS = ("half", "close", "whole")
+SCENES = 12_000  # to train on
 DROP_TEXT = 0.1  # of the prompts are empty, for classifier-free guidance
 
 
@@ -164,7 +165,7 @@ def close_up(latents: Tensor, scenes: list[Scene], rng: np.random.Generator) -> 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
-    parser.add_argument("--scenes", type=int, default=20_000)
+    parser.add_argument("--scenes", type=int, default=SCENES)
     parser.add_argument("--half-steps", type=int, default=3000, help="steps on scenes of half the size")
     parser.add_argument("--steps", type=int, default=5400, help="further steps, on windows and whole scenes")
     parser.add_argument("--batch", type=int, default=32)

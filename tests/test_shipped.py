@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPTokenizer
 
 import minireuse
-from minireuse.pipeline import shipped_model
+from minireuse.files import shipped_model
 from minireuse.policies import hurry, select
 
 from conftest import relative_error

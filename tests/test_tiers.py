@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "minireuse"
 TIERS = (
     ("config", "files"),
     ("schedule", "reuse"),
-    ("layers", "samplers", "policies", "phast"),
-    ("attention",),
+    ("layers", "samplers", "searched", "phast"),
+    ("attention", "policies"),
     ("unet", "vae", "text", "ldm"),
     ("guidance", "checkpoint", "metrics"),
     ("pipeline",),

@@ -1,0 +1,139 @@
+"""Plans that lie beside a model: which one a run takes, how it is fitted, and what is said about it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+
+import minireuse
+from minireuse import sample
+from minireuse.policies import phast, phast_for, select
+from minireuse.reuse import PlanError, ReusePlan, Site
+from minireuse.searched import Searched, fit, plans_of
+
+MAPS = tuple(Site(f"block.{name}", "map") for name in ("attn1", "attn2"))
+OUTS = tuple(Site(s.address, "out") for s in MAPS)
+
+
+def row(grid: str) -> tuple[bool, ...]:
+    return tuple(cell == "#" for cell in grid)
+
+
+def written(
+    folder: Path, name: str, grid: str, model: str = "aa", sampler: str = "ddim", sites: tuple[Site, ...] = MAPS
+) -> Path:
+    plan = json.loads(ReusePlan.stepwise(row(grid), sites).to_json())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(plan | {"about": {"model": model, "sampler": sampler}}))
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("grid", "calls", "k", "fitted"),
+    [
+        (".#..#.##", 8, 4, ".#..#.##"),
+        (".#.#.#.#", 4, 2, ".#.#"),
+        (".#.#", 8, 4, "..##..##"),
+        ("....####", 16, 8, "........########"),
+        ("....####", 8, 6, "..######"),
+        ("....####", 8, 2, ".....#.#"),
+        (".#######", 3, 2, ".##"),
+        ("........", 8, 2, "......##"),
+        (".#.#.#.#", 8, 0, "........"),
+        (".#", 1, 0, "."),
+    ],
+)
+def test_fit(grid: str, calls: int, k: int, fitted: str) -> None:
+    assert "".join(".#"[int(c)] for c in fit(row(grid), calls, k)) == fitted
+
+
+def test_fit_gives_k_calls_and_never_call_0() -> None:
+    for grid in (".#", ".##########", "..........#", ".#.#.#.###.", "......#...."):
+        for calls in range(1, 30):
+            for k in range(calls):
+                fitted = fit(row(grid), calls, k)
+                assert (len(fitted), fitted.sum(), fitted[0]) == (calls, k, False)
+
+
+def test_a_plan_searched_for_this_very_run_is_taken_without_a_word(tmp_path: Path) -> None:
+    plan = Searched.read(written(tmp_path, "p.json", "..#.##"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert phast_for([plan], "ddim", "aa")(6, MAPS, k=3).grid == "..#.##"
+
+
+def test_the_nearest_plan_is_taken_and_named(tmp_path: Path) -> None:
+    written(tmp_path / "plans", "a.json", "...#.##", sampler="plms")
+    written(tmp_path / "plans", "b.json", ".#.###")
+    written(tmp_path / "plans", "c.json", "..#.##", model="bb")
+    written(tmp_path / "plans", "d.json", ".#.#.#.#.#.#")
+    written(tmp_path / "plans", "e.json", "...#.#", sites=OUTS)
+    policy = phast_for(plans_of(tmp_path), "ddim", "aa")
+    with pytest.warns(UserWarning, match="searched for ddim, 6 calls, 4 of them reused, fitted to ddim, 7 calls, 3"):
+        assert policy(7, MAPS, k=3).reused == 3  # b: the model and the sampler count more than the number of calls
+    with pytest.warns(UserWarning, match="searched for ddim, 12 calls"):
+        assert policy(10, MAPS, k=5).grid == fitted_grid(".#.#.#.#.#.#", 10, 5)
+    with pytest.warns(UserWarning, match="searched with another model for plms"):
+        phast_for(plans_of(tmp_path), "plms", "cc")(7, MAPS, k=3)
+    with pytest.warns(UserWarning, match="6 calls, 2 of them"):
+        assert policy(6, OUTS, k=3).sites == OUTS
+    deep = (Site("up_blocks.0", "deep"),)
+    with pytest.warns(UserWarning, match="knows no plan for sites like these and takes hurry"):
+        assert phast_for([], "ddim", "aa")(6, deep, k=2).grid == "....##"
+
+
+def fitted_grid(grid: str, calls: int, k: int) -> str:
+    return "".join(".#"[int(c)] for c in fit(row(grid), calls, k))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "is not a searched plan"),
+        (ReusePlan.stepwise(row(".#"), MAPS).to_json(), "is not a searched plan"),
+        ("[]", "is not a searched plan"),
+    ],
+)
+def test_other_files_among_the_plans_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "plans" / "x.json").write_text(text)
+    with pytest.raises(PlanError, match=message):
+        plans_of(tmp_path)
+
+
+def test_plans_by_site_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, "p.json", ".#")
+    both = ReusePlan.stepwise(row(".#"), MAPS[:1]) | ReusePlan.stepwise(row(".."), MAPS[1:])
+    path.write_text(json.dumps(json.loads(both.to_json()) | {"about": {"model": "aa", "sampler": "ddim"}}))
+    with pytest.raises(PlanError, match="differs by site"):
+        Searched.read(path)
+
+
+def test_without_a_plan_phast_is_hurry_and_says_so() -> None:
+    other = (Site("nowhere.attn1", "deep"),)
+    with pytest.warns(UserWarning, match="hurry"):
+        assert phast_for([])(8, other, k=3).grid == ".....###"
+    with pytest.warns(UserWarning):  # the plans that ship, or none
+        assert phast(9, MAPS, k=3).reused == 3
+
+
+def test_the_command_line_looks_for_plans_beside_the_model(
+    model_folder: Path, pipeline: minireuse.Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for part in model_folder.iterdir():
+        (model / part.name).symlink_to(part)
+    sites = select(pipeline.sites)
+    written(model / "plans", "p.json", ".#.##", model=pipeline.fingerprint, sites=sites)
+    argv = ["--model", str(model), "--device", "cpu", "--prompt", "a star", "--steps", "5", "--quiet", "--json"]
+    assert sample.main([*argv, "--policy", "phast", "--reuse", "3", "--out", str(tmp_path / "a.png")]) == 0
+    out, err = capsys.readouterr()
+    assert (json.loads(out)["plan"], err) == (".#.##", "")
+    assert sample.main([*argv, "--policy", "phast", "--reuse", "2", "--out", str(tmp_path / "b.png")]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["plan"] == fitted_grid(".#.##", 5, 2)
+    assert err.startswith("note: phast takes the plan searched for ddim, 5 calls, 3 of them reused")
