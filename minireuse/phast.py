@@ -11,11 +11,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from minireuse.ranks import Ranks
 from minireuse.reuse import PlanError, ReusePlan, Site
 
 
@@ -36,85 +40,137 @@ def search(
     plan: ReusePlan,
     sites: Iterable[Site],
     *,
-    k: int,
+    k: int | None,
     score: Callable[[Any], float],
+    groups: Sequence[Sequence[Site]] | None = None,
+    allowed: Callable[[ReusePlan], bool] = lambda plan: True,
     journal: Journal | None = None,
     steepest: bool = True,
     more: Callable[[], bool] = lambda: True,
     on_try: Callable[[ReusePlan, float, float], object] = lambda plan, value, best: None,
+    ranks: Ranks = Ranks(),
 ) -> SearchResult:
-    """Improve a step-wise plan by moving one reuse call at a time, until no move improves the score.
+    """Improve a plan by moving one reuse call at a time, until no move improves the score.
 
     plan: where to start, with k reuse calls; HURRY is the method's choice. sites: what reuses at those calls.
     score: of what `render` gave; larger is better.
+    groups: the sites in groups, each of which moves its own calls; without them plans are step-wise, the method's.
+    allowed: False for plans that are not to be tried, for being too slow, say. The start is not asked about.
     steepest: try every move and take the best, as the method says; False takes the first that improves.
     more: asked before each try; False ends the search.
     on_try: told each plan, its score and the best score so far.
     journal: scores of plans tried before, so that an interrupted search goes on where it was.
+    ranks: processes that take turns at the tries and come to the same answer; the journal is the first one's.
 
-    Raises: PlanError where the start is not step-wise or does not have k reuse calls.
+    Raises: PlanError where the start is not step-wise (differs within a group), or does not have k reuse calls.
     """
     sites = tuple(sites)
-    row = _row(plan, k)
-    journal = Journal() if journal is None else journal
-    tried: dict[str, float] = {}
-
-    def made(row: tuple[bool, ...]) -> ReusePlan:
-        return ReusePlan(ReusePlan.stepwise(row, sites).mask, sites, plan.guided)
-
-    def value(row: tuple[bool, ...]) -> float | None:
-        candidate = made(row)
-        grid = candidate.grid
-        assert grid is not None
-        if grid not in tried:
-            known = journal.get(grid)
-            if known is None:
-                if not more():
-                    return None
-                known = score(render(candidate))
-                journal.add(grid, known)
-            tried[grid] = known
-            on_try(candidate, known, max(tried.values()))
-        return tried[grid]
-
-    best = start = value(row)
+    state = _row(plan, k) if groups is None else _state(plan, groups)
+    groups = [sites] if groups is None else groups
+    made = lambda state: grouped(state, groups, plan.guided)  # noqa: E731
+    tries = Tries(made, render, score, Journal() if journal is None else journal, more, on_try, ranks)
+    start = best = next((value for _, value in tries([state])), None)
     if start is None or best is None:
         raise PlanError("the search budget does not even cover the start; give a larger one")
-    rounds, finished = 0, False
-    while not finished:
-        rounds += 1
-        winner, finished = row, True
-        for candidate in _moves(row):
-            given = value(candidate)
-            if given is None:
-                return SearchResult(made(winner), best, start, rounds, False, tuple(tried.items()))
-            if given > best:
-                winner, best, finished = candidate, given, False
+    rounds, improved, finished = 0, True, True
+    while improved and finished:
+        rounds, improved = rounds + 1, False
+        moves = [move for move in _moves(state) if allowed(made(move))]
+        seen = 0
+        for move, value in tries(moves):
+            seen += 1
+            if value > best:
+                state, best, improved = move, value, True
                 if not steepest:
                     break
-        row = winner
-    return SearchResult(made(row), best, start, rounds, True, tuple(tried.items()))
+        finished = seen == len(moves) or (improved and not steepest)
+    return SearchResult(made(state), best, start, rounds, finished, tuple(tries.tried.items()))
 
 
-def _row(plan: ReusePlan, k: int) -> tuple[bool, ...]:
+def grouped(state: np.ndarray, groups: Sequence[Sequence[Site]], guided: tuple[bool, ...] = ()) -> ReusePlan:
+    """The plan in which the sites of a group reuse together. Shapes: state (calls, groups)."""
+    columns = [g for g, group in enumerate(groups) for _ in group]
+    return ReusePlan(state[:, columns], tuple(site for group in groups for site in group), guided)
+
+
+class Tries:
+    """Scores states, each plan once, as many at a time as there are ranks; see `search` for what it is given."""
+
+    def __init__(
+        self,
+        made: Callable[[np.ndarray], ReusePlan],
+        render: Callable[[ReusePlan], Any],
+        score: Callable[[Any], float],
+        journal: Journal,
+        more: Callable[[], bool],
+        on_try: Callable[[ReusePlan, float, float], object],
+        ranks: Ranks,
+    ) -> None:
+        self.made, self.render, self.score = made, render, score
+        self.journal, self.more, self.on_try, self.ranks = journal, more, on_try, ranks
+        self.known = dict(ranks.gather(journal.scores)[0])
+        self.tried: dict[str, float] = {}  # since this began, in order, known before or not
+
+    def __call__(self, states: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, float]]:
+        """Each state with its score; ends early with the budget. Shapes: (calls, groups) each."""
+        unknown = iter([state for state in states if _drawn(state) not in self.known])
+        for state in states:
+            if _drawn(state) not in self.known:
+                if not all(self.ranks.gather(self.more())):
+                    return
+                self._take_turns(list(islice(unknown, self.ranks.size)))
+            value = self.tried[_drawn(state)] = self.known[_drawn(state)]
+            self.on_try(self.made(state), value, max(self.tried.values()))
+            yield state, value
+
+    def _take_turns(self, states: list[np.ndarray]) -> None:
+        own = None
+        if self.ranks.rank < len(states):
+            own = self.score(self.render(self.made(states[self.ranks.rank])))
+        for state, value in zip(states, self.ranks.gather(own), strict=False):
+            self.journal.add(_drawn(state), value)
+            self.known[_drawn(state)] = value
+
+
+def _state(plan: ReusePlan, groups: Sequence[Sequence[Site]]) -> np.ndarray:
+    """Which calls each group reuses. Shapes: -> (calls, groups)."""
+    column = dict(zip(plan.sites, plan.mask.T, strict=True))
+    state = np.array([column.get(group[0], np.zeros(plan.calls, dtype=bool)) for group in groups]).T
+    if grouped(state, groups, plan.guided) != plan:
+        raise PlanError("the search starts from a plan whose sites agree within each group; these do not")
+    return state
+
+
+def _row(plan: ReusePlan, k: int | None) -> np.ndarray:
+    """Which calls a step-wise plan reuses. Shapes: -> (calls, 1)."""
     if plan.grid is None:
         raise PlanError("the search starts from a step-wise plan; this one differs by site")
-    row = tuple(cell == "#" for cell in plan.grid)
-    if sum(row) != k:
-        raise PlanError(f"the plan to start from has {sum(row)} reuse calls, expected k = {k}")
+    row = np.array([[cell == "#"] for cell in plan.grid])
+    if k is not None and row.sum() != k:
+        raise PlanError(f"the plan to start from has {row.sum()} reuse calls, expected k = {k}")
     return row
 
 
-def _moves(row: tuple[bool, ...]) -> Iterator[tuple[bool, ...]]:
+def _moves(state: np.ndarray) -> Iterator[np.ndarray]:
     """Every exchange of a reuse call with a computing one, never call 0; short moves first, late ones before early.
 
     Late calls share the longest prefix with what was rendered before, so they are the cheapest to try.
     """
-    reusing = [i for i, cell in enumerate(row) if cell]
-    computing = [i for i, cell in enumerate(row) if not cell and i > 0]
-    pairs = [(abs(a - b), -min(a, b), a, b) for a in reusing for b in computing]
-    for _, _, a, b in sorted(pairs):
-        yield tuple((cell or i == b) and i != a for i, cell in enumerate(row))
+    exchanges = [
+        (abs(a - b), -min(a, b), a, b, g)
+        for g, row in enumerate(state.T)
+        for a in np.flatnonzero(row)
+        for b in np.flatnonzero(~row)
+        if b > 0
+    ]
+    for _, _, a, b, g in sorted(exchanges):
+        moved = state.copy()
+        moved[a, g], moved[b, g] = False, True
+        yield moved
+
+
+def _drawn(state: np.ndarray) -> str:
+    return "/".join("".join(".#"[int(cell)] for cell in row) for row in state.T)
 
 
 class Journal:
@@ -124,7 +180,7 @@ class Journal:
     """
 
     def __init__(self, path: Path | None = None, settings: dict[str, Any] | None = None) -> None:
-        self._scores: dict[str, float] = {}
+        self.scores: dict[str, float] = {}  # by plan, as drawn
         self._path = path
         if path is None:
             return
@@ -145,21 +201,15 @@ class Journal:
             plan, score = record.get("plan"), record.get("score")
             if not isinstance(plan, str) or not isinstance(score, (int, float)):
                 raise PlanError(f"{path} line {number} holds no plan and score; remove that line, or the file")
-            self._scores[plan] = float(score)
+            self.scores[plan] = float(score)
         if unfinished:
             os.truncate(path, path.stat().st_size - len(unfinished))
-
-    def __len__(self) -> int:
-        return len(self._scores)
-
-    def get(self, grid: str) -> float | None:
-        return self._scores.get(grid)
 
     def add(self, grid: str, score: float) -> None:
         """Remember a score, on disk before this returns."""
         if math.isnan(score):
             raise PlanError(f"plan {grid} scored nan; the renderer gave an image that cannot be compared")
-        self._scores[grid] = score
+        self.scores[grid] = score
         if self._path is not None:
             self._append({"plan": grid, "score": score})
 

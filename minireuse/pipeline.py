@@ -208,14 +208,14 @@ class Pipeline:
         options = {"eta": eta} if sampler == "ddim" else {}
         cache.peak_nbytes = 0
 
-        self._synchronize()
+        self.synchronize()
         started = time.perf_counter()
         noise = lambda like: _noise(generators, like.shape[1:]).to(like)  # noqa: E731
         for step in solver(denoise, x, self.schedule, timesteps, noise=noise, **options):
             x = step.x
             if on_step is not None:
                 on_step(step)
-        self._synchronize()
+        self.synchronize()
         seconds = time.perf_counter() - started
 
         if not torch.isfinite(x).all():
@@ -274,7 +274,8 @@ class Pipeline:
         images = pixels.clamp(-1, 1).add(1).mul(127.5).round().to("cpu", torch.uint8)
         return images.permute(0, 2, 3, 1).numpy()
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given: before a clock is read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":

@@ -166,8 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--scenes", type=int, default=SCENES)
-    parser.add_argument("--half-steps", type=int, default=3000, help="steps on scenes of half the size")
-    parser.add_argument("--steps", type=int, default=5400, help="further steps, on windows and whole scenes")
+    parser.add_argument("--half-steps", type=int, default=2000, help="steps on scenes of half the size")
+    parser.add_argument("--steps", type=int, default=4600, help="further steps, on windows and whole scenes")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--samples", type=int, default=16, help="pictures to look at now and then; 0 is none")
@@ -221,6 +221,7 @@ def main(argv: list[str] | None = None) -> None:
         steps=args.half_steps,
         peak_lr=args.lr,
         ema_decay=0.998,
+        floor=0.5,  # where the next stage begins
         report=lambda step: report("half", step, 16),
         report_every=500,
     )

@@ -55,13 +55,15 @@ def train(
     peak_lr: float,
     ema_decay: float,
     weight_decay: float = 0.01,
+    floor: float = 0.02,
     save_every: int = 250,
     report: Callable[[int], dict[str, float]] | None = None,
     report_every: int = 1000,
 ) -> None:
     """Minimise `loss(step)["loss"]` and leave the averaged weights in `module`; resumes from `folder/name.pt`.
 
-    `report` is called with the averaged weights in place and may write samples; what it returns is logged.
+    The learning rate falls from `peak_lr` to `floor` of it. `report` is called with the averaged weights in place and
+    may write samples; what it returns is logged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
@@ -79,7 +81,7 @@ def train(
     started = time.time()
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak_lr)
+            group["lr"] = learning_rate(step, steps, peak_lr, floor=floor)
         terms = loss(step)
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()

@@ -63,8 +63,18 @@ def test_search_refuses_a_start_that_does_not_fit() -> None:
     by_site = hurry(4, [A], k=1) | hurry(4, [Site("y", "map")], k=2)
     with pytest.raises(PlanError, match="step-wise"):
         search(lambda plan: plan, by_site, [A], k=2, score=total)
+    with pytest.raises(PlanError, match="agree within each group"):
+        search(lambda plan: plan, by_site, [A], k=None, score=total, groups=[[A]])
     with pytest.raises(PlanError, match="scored nan"):
         search(lambda plan: plan, hurry(8, [A], k=3), [A], k=3, score=lambda _: math.nan)
+
+
+def test_search_tries_only_what_is_allowed() -> None:
+    result = search(
+        lambda plan: plan, hurry(8, [A], k=3), [A], k=3, score=total, allowed=lambda plan: not plan.mask[1].any()
+    )
+    assert str(result.plan) == "...#.#.#"  # the largest weights but that of call 1: 4, 9, 8
+    assert all(grid[1] == "." for grid, _ in result.tried)
 
 
 class Killed(Exception):
@@ -101,7 +111,7 @@ def test_a_killed_search_resumes_to_the_same_answer(tmp_path: Path) -> None:
 def test_journal_refuses_another_search_and_broken_lines(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     Journal(path, {"k": 3}).add("..#", 1.5)
-    assert Journal(path, {"k": 3}).get("..#") == 1.5
+    assert Journal(path, {"k": 3}).scores == {"..#": 1.5}
     with pytest.raises(PlanError, match="another search"):
         Journal(path, {"k": 4})
     path.write_text('{"settings": {"k": 3}}\n{"plan": 7}\n')

@@ -9,14 +9,14 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "minireuse"
 TIERS = (
-    ("config", "files"),
+    ("config", "files", "ranks"),
     ("schedule", "reuse"),
     ("layers", "samplers", "searched", "phast"),
-    ("attention", "policies"),
+    ("attention", "policies", "layerwise"),
     ("unet", "vae", "text", "ldm"),
     ("guidance", "checkpoint", "metrics"),
     ("pipeline",),
-    ("render",),
+    ("render", "costs"),
     ("sample", "search", "evaluate"),
 )
 TIER = {name: tier for tier, names in enumerate(TIERS) for name in names}

@@ -1,0 +1,94 @@
+"""What U-Net calls that store or reuse cost, measured on the machine at hand, and from that what a plan costs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minireuse.pipeline import Pipeline
+from minireuse.reuse import PLAIN, ReuseCache, ReusePlan, Site, StepPlan
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of a plain guided call, and how many storing or reusing adds, by group of sites; negative is saved.
+
+    What groups add in one call is taken to sum up.
+    """
+
+    plain: float
+    groups: tuple[tuple[Site, ...], ...]
+    store: tuple[float, ...]
+    reuse: tuple[float, ...]
+
+    def latency(self, plan: ReusePlan) -> float:
+        """What the plan's calls cost, as a fraction of the full sampler's. All of them have to be guided."""
+        seconds = plan.calls * self.plain
+        for call in range(plan.calls):
+            step = plan.step(call)
+            for group, store, reuse in zip(self.groups, self.store, self.reuse, strict=True):
+                seconds += store * (not step.store.isdisjoint(group)) + reuse * (not step.reuse.isdisjoint(group))
+        return seconds / (plan.calls * self.plain)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "plain": self.plain,
+            "groups": [[[s.kind, s.address] for s in group] for group in self.groups],
+            "store": list(self.store),
+            "reuse": list(self.reuse),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], sites: Sequence[Site]) -> Costs:
+        """The inverse of `to_json`, over the model's own sites. Raises: ValueError."""
+        own = {(s.kind, s.address): s for s in sites}
+        try:
+            groups = tuple(tuple(own[kind, address] for kind, address in group) for group in data["groups"])
+            return cls(float(data["plain"]), groups, tuple(map(float, data["store"])), tuple(map(float, data["reuse"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the costs do not fit this model ({error}); remove their file, they are measured again") from None
+
+
+@torch.no_grad()
+def measure(
+    pipeline: Pipeline,
+    groups: Sequence[Sequence[Site]],
+    *,
+    rounds: int = 9,
+    cache_dtype: torch.dtype = torch.float16,
+) -> Costs:
+    """Time guided calls for one image of the model's own size: plain, storing and reusing each group, in turn.
+
+    Machines are noisy: the kinds of call alternate, and of what a group adds in each round the median counts.
+    """
+    config = pipeline.unet.config
+    x = torch.randn(2, config.in_channels, config.sample_size, config.sample_size).to(pipeline.device, pipeline.dtype)
+    text = pipeline.unet.text_kv(pipeline.text.encode(["", ""]))
+    cache = ReuseCache(cache_dtype)
+
+    def seconds(step: StepPlan) -> float:
+        pipeline.synchronize()
+        began = time.perf_counter()
+        pipeline.unet(x, 500, text, step, cache)
+        pipeline.synchronize()
+        return time.perf_counter() - began
+
+    plain: list[float] = []
+    added: list[list[float]] = [[] for _ in range(2 * len(groups))]
+    for i in range(rounds + 1):
+        usual = seconds(PLAIN)
+        plain.append(usual)
+        for g, group in enumerate(groups):
+            # Storing comes first: it also fills the cache that reusing reads.
+            added[2 * g].append(seconds(StepPlan(store=frozenset(group))) - usual)
+            added[2 * g + 1].append(seconds(StepPlan(reuse=frozenset(group))) - usual)
+            cache.clear()
+        if i == 0:  # warms up
+            plain, added = [], [[] for _ in added]
+    medians = [statistics.median(values) for values in added]
+    return Costs(statistics.median(plain), tuple(map(tuple, groups)), tuple(medians[::2]), tuple(medians[1::2]))

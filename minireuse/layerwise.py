@@ -1,0 +1,141 @@
+"""Plans whose layers differ, left open by the paper: maps, outputs and deep features side by side, in a time budget.
+
+Sites go in groups. What a single reuse of a group in one call does to the image is measured once for every call; then
+reuse is added where it does least damage for the time it saves; then swaps refine what came out.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from minireuse.phast import Journal, SearchResult, Tries, grouped, search
+from minireuse.ranks import Ranks
+from minireuse.reuse import PlanError, ReusePlan, Site
+
+LONGEST = 3  # calls in a row that are added together: reuse may only pay once several share what one of them stored
+
+
+def groups_of(sites: Iterable[Site], levels: int) -> dict[str, tuple[Site, ...]]:
+    """Attention sites by kind, self or cross, and resolution; deep sites each for itself.
+
+    levels: of the U-Net; resolution 0 is the latents' own, each further one half of it.
+    """
+    groups: dict[str, tuple[Site, ...]] = {}
+    for site in sites:
+        name = site.address
+        if site.kind != "deep":
+            name = f"{'cross' if site.is_cross else 'self'} attention at resolution {_level(site.address, levels)}"
+        key = f"{site.kind} of {name}"
+        groups[key] = (*groups.get(key, ()), site)
+    return groups
+
+
+def _level(address: str, levels: int) -> int:
+    part, number = address.split(".")[:2]
+    return int(number) if part == "down_blocks" else levels - 1 - int(number) if part == "up_blocks" else levels - 1
+
+
+def layerwise(
+    render: Callable[[ReusePlan], Any],
+    calls: int,
+    groups: Sequence[Sequence[Site]],
+    *,
+    score: Callable[[Any], float],
+    latency: Callable[[ReusePlan], float],
+    budget: float,
+    journal: Journal | None = None,
+    steepest: bool = False,
+    more: Callable[[], bool] = lambda: True,
+    on_try: Callable[[ReusePlan, float, float], object] = lambda plan, value, best: None,
+    ranks: Ranks = Ranks(),
+) -> SearchResult:
+    """A plan of at most `budget` latency: sensitivities, then greedily by damage per time saved, then swaps.
+
+    score: mean PSNR in dB, of which the damage (mean squared error) is computed. latency: of a plan, as a fraction of
+    the full sampler's. The others are `phast.search`'s.
+
+    Raises: PlanError where the search budget ends before the sensitivities are known, or no plan is fast enough.
+    """
+    journal = Journal() if journal is None else journal
+    made = lambda state: grouped(state, groups)  # noqa: E731
+    damage = sensitivity(Tries(made, render, score, journal, more, on_try, ranks), calls, len(groups))
+    start = made(greedy(damage, lambda state: latency(made(state)), budget))
+    return search(
+        render,
+        start,
+        start.sites,
+        k=None,
+        score=score,
+        groups=groups,
+        allowed=lambda plan: latency(plan) <= budget,
+        journal=journal,
+        steepest=steepest,
+        more=more,
+        on_try=on_try,
+        ranks=ranks,
+    )
+
+
+def sensitivity(tries: Tries, calls: int, groups: int) -> np.ndarray:
+    """Mean squared error (of pixels 0 ... 255) when one group reuses in one call. Shapes: -> (calls, groups), inf in call 0."""
+    cells = [(call, g) for g in range(groups) for call in range(1, calls)]
+    states = []
+    for cell in cells:
+        state = np.zeros((calls, groups), dtype=bool)
+        state[cell] = True
+        states.append(state)
+    damage = np.full((calls, groups), np.inf)
+    values = [value for _, value in tries(states)]
+    if len(values) < len(states):
+        raise PlanError(f"the search budget ended after {len(values)} of {len(states)} sensitivities; give a larger one")
+    for cell, value in zip(cells, values, strict=True):
+        damage[cell] = 255**2 * 10 ** (-value / 10)
+    return damage
+
+
+def greedy(damage: np.ndarray, latency: Callable[[np.ndarray], float], budget: float) -> np.ndarray:
+    """Reuse where it does least damage for the time it saves, until a plan fits the budget.
+
+    Up to `LONGEST` calls in a row are added at once. Values are brought up to date when their turn comes, and those of
+    a group when it has changed, since a tensor that is stored already is cheap to reuse again.
+    Shapes: damage (calls, groups) -> (calls, groups) bool. Raises: PlanError where no plan fits.
+    """
+    calls, groups = damage.shape
+    state = np.zeros((calls, groups), dtype=bool)
+    now = latency(state)
+    queue: list[tuple[float, int, int, int]] = []
+
+    def price(g: int, first: int, length: int) -> float:
+        added = state.copy()
+        added[first : first + length, g] = True
+        saved = now - latency(added)
+        return damage[added & ~state].sum() / saved if saved > 1e-6 else np.inf
+
+    def refresh(g: int) -> None:
+        queue[:] = [entry for entry in queue if entry[1] != g]
+        for first in range(1, calls):
+            for length in range(1, min(LONGEST, calls - first) + 1):
+                if not state[first : first + length, g].any() and (value := price(g, first, length)) < np.inf:
+                    queue.append((value, g, first, length))
+        heapq.heapify(queue)
+
+    for g in range(groups):
+        refresh(g)
+    while now > budget:
+        if not queue:
+            raise PlanError(f"no plan found takes {budget} of the full sampler's time, the fastest {now:.3f}; ask for more")
+        _, g, first, length = heapq.heappop(queue)
+        value = price(g, first, length)
+        if value == np.inf:
+            continue
+        if queue and value > queue[0][0]:
+            heapq.heappush(queue, (value, g, first, length))
+            continue
+        state[first : first + length, g] = True
+        now = latency(state)
+        refresh(g)
+    return state

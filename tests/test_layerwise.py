@@ -1,0 +1,121 @@
+"""Layer-wise plans on made-up damages and costs, and the costs of a plan from those of its calls."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+import minireuse
+from minireuse.costs import Costs, measure
+from minireuse.layerwise import greedy, groups_of, layerwise, sensitivity
+from minireuse.phast import Journal, Tries, grouped
+from minireuse.policies import hurry, interval, select
+from minireuse.ranks import Ranks
+from minireuse.reuse import PlanError, ReusePlan, Site
+
+A, B = Site("down_blocks.0.attn1", "map"), Site("down_blocks.0.attn2", "map")
+DEEP = Site("up_blocks.1", "deep", depth=0)
+COSTS = Costs(plain=10.0, groups=((A,), (B,)), store=(1.0, 0.0), reuse=(-2.0, -3.0))
+
+
+def test_latency_of_a_plan_counts_stores_and_reuses() -> None:
+    assert COSTS.latency(ReusePlan.nothing(4)) == 1
+    assert COSTS.latency(hurry(4, [A], k=3)) == pytest.approx((40 + 1 - 3 * 2) / 40)
+    assert COSTS.latency(interval(4, [A], k=2)) == pytest.approx((40 + 2 * 1 - 2 * 2) / 40)
+    assert COSTS.latency(hurry(4, [A, B], k=2)) == pytest.approx((40 + 1 - 2 * 2 - 2 * 3) / 40)
+
+
+def test_what_a_deep_site_skips_costs_nothing() -> None:
+    inner = Site("down_blocks.1.attn1", "map", depth=2)
+    costs = Costs(10.0, ((inner,), (DEEP,)), store=(1.0, 0.5), reuse=(-2.0, -8.0))
+    both = hurry(4, [DEEP], k=2) | hurry(4, [inner], k=2)
+    assert costs.latency(both) == costs.latency(hurry(4, [DEEP], k=2)) == pytest.approx((40 + 0.5 - 16) / 40)
+
+
+def test_costs_survive_json() -> None:
+    assert Costs.from_json(COSTS.to_json(), [A, B]) == COSTS
+    with pytest.raises(ValueError, match="do not fit this model"):
+        Costs.from_json(COSTS.to_json(), [A])
+
+
+def test_costs_are_measured_by_group(pipeline: minireuse.Pipeline) -> None:
+    groups = [select(pipeline.sites), select(pipeline.sites, kind="deep")]
+    costs = measure(pipeline, groups, rounds=2)
+    assert costs.plain > 0
+    assert costs.groups == tuple(map(tuple, groups))
+    assert costs.reuse[1] < 0  # all but two layers are skipped
+
+
+def test_groups_by_kind_attention_and_resolution(pipeline: minireuse.Pipeline) -> None:
+    groups = groups_of(pipeline.sites, levels=3)
+    assert sorted(itertools.chain(*groups.values())) == sorted(pipeline.sites)
+    maps = {name: {s.address.split(".attentions")[0] for s in group} for name, group in groups.items() if "map" in name}
+    assert maps == {
+        f"map of {which} attention at resolution {level}": {f"down_blocks.{level}", f"up_blocks.{2 - level}"}
+        for which in ("self", "cross")
+        for level in (0, 1)
+    } | {f"map of {which} attention at resolution 2": {"mid_block"} for which in ("self", "cross")}
+    assert all(len(group) == 1 for name, group in groups.items() if "deep" in name)
+
+
+def test_greedy_takes_the_least_damage_for_the_time_saved() -> None:
+    damage = np.array([[np.inf, np.inf], [9.0, 30.0], [1.0, 30.0], [2.0, 2.0]])
+    latency = lambda state: 1 - 0.1 * state[:, 0].sum() - 0.2 * state[:, 1].sum()  # noqa: E731
+    drawn = ["".join(".#"[int(c)] for c in row) for row in greedy(damage, latency, 0.75).T]
+    assert drawn == ["..#.", "...#"]  # first (3, B) at 10 a unit, then (2, A) at 10; 0.7 <= 0.75
+    with pytest.raises(PlanError, match="the fastest 0.100"):
+        greedy(damage, latency, 0.05)
+
+
+def test_greedy_sees_that_reuse_pays_only_in_a_row() -> None:
+    """Each run of reuse stores once, which costs as much as one reuse saves."""
+
+    def latency(state: np.ndarray) -> float:
+        row = state[:, 0]
+        runs = (row[1:] & ~row[:-1]).sum()
+        return float(1 - 0.1 * row.sum() + 0.1 * runs)
+
+    damage = np.array([np.inf, 1, 9, 1, 9, 1, 2])[:, None]
+    assert "".join(".#"[int(c)] for c in greedy(damage, latency, 0.9)[:, 0]) == ".....##"
+
+
+def test_layerwise_finds_the_best_plan_of_an_additive_world() -> None:
+    damage = np.random.default_rng(0).uniform(1, 20, (5, 2))
+
+    def score(plan: ReusePlan) -> float:
+        state = np.stack([plan.mask[:, plan.sites.index(s)] for s in (A, B)], axis=1)
+        return -10 * np.log10(((damage * state).sum() + 1e-9) / 255**2)
+
+    result = layerwise(
+        lambda plan: plan, 5, [[A], [B]], score=score, latency=COSTS.latency, budget=0.85, steepest=True
+    )
+    assert COSTS.latency(result.plan) <= 0.85
+    assert result.finished
+    assert result.score >= result.start_score
+    swaps = []
+    best = np.stack([result.plan.mask[:, result.plan.sites.index(s)] for s in (A, B)], axis=1)
+    for g, a, b in itertools.product(range(2), range(1, 5), range(1, 5)):
+        if best[a, g] and not best[b, g]:
+            other = best.copy()
+            other[a, g], other[b, g] = False, True
+            plan = grouped(other, [[A], [B]])
+            if COSTS.latency(plan) <= 0.85:
+                swaps.append(score(plan))
+    assert max(swaps, default=-np.inf) <= result.score
+
+
+def test_sensitivities_need_the_whole_budget() -> None:
+    left = iter([True] * 3)
+    tries = Tries(
+        lambda state: grouped(state, [[A]]),
+        lambda plan: plan,
+        lambda plan: 20.0,
+        Journal(),
+        lambda: next(left, False),
+        lambda plan, value, best: None,
+        Ranks(),
+    )
+    with pytest.raises(PlanError, match="ended after 3 of 4"):
+        sensitivity(tries, 5, 1)
