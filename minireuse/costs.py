@@ -51,7 +51,9 @@ class Costs:
             groups = tuple(tuple(own[kind, address] for kind, address in group) for group in data["groups"])
             return cls(float(data["plain"]), groups, tuple(map(float, data["store"])), tuple(map(float, data["reuse"])))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"the costs do not fit this model ({error}); remove their file, they are measured again") from None
+            raise ValueError(
+                f"the costs do not fit this model ({error}); remove their file, they are measured again"
+            ) from None
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from minireuse.ranks import Ranks
+from minireuse.ranks import ALONE, Ranks
 from minireuse.reuse import PlanError, ReusePlan, Site
 
 
@@ -48,7 +48,7 @@ def search(
     steepest: bool = True,
     more: Callable[[], bool] = lambda: True,
     on_try: Callable[[ReusePlan, float, float], object] = lambda plan, value, best: None,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks = ALONE,
 ) -> SearchResult:
     """Improve a plan by moving one reuse call at a time, until no move improves the score.
 

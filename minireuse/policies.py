@@ -174,7 +174,9 @@ def build(
     Raises: PlanError for an unknown name or knob, or what the policy itself refuses; OSError for an unreadable file.
     """
     sites = tuple(sites)
-    return reduce(operator.or_, (_term(t.strip(), calls, sites, k, which, kind, policies) for t in expression.split("|")))
+    return reduce(
+        operator.or_, (_term(t.strip(), calls, sites, k, which, kind, policies) for t in expression.split("|"))
+    )
 
 
 def _term(

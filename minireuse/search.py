@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import re
 import shlex
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +21,19 @@ import torch
 from tqdm import tqdm
 
 from minireuse import phast
+from minireuse.budget import groups_of, layerwise, step_wise
+from minireuse.costs import Costs, measure
 from minireuse.files import read_lines, shipped_model, write_whole
 from minireuse.metrics import psnr
 from minireuse.pipeline import Pipeline, load
 from minireuse.policies import hurry, select
+from minireuse.ranks import Ranks, started
 from minireuse.render import Renderer
-from minireuse.reuse import KINDS, ReusePlan
+from minireuse.reuse import KINDS, ReusePlan, Site
 from minireuse.samplers import SAMPLERS
 
 CEILING = 100.0  # dB counted for an image equal to the full sampler's, whose PSNR is infinite
+LEAST = 0.01  # of a plain call: groups that save less are not worth searching
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,7 +45,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
     p.add_argument("--reuse", type=int, nargs="+", metavar="K", help="calls that reuse; default: half of them")
-    p.add_argument("--kind", choices=KINDS, default="map")
+    p.add_argument(
+        "--budget-latency", type=float, metavar="R", help="choose K too: at most R of the full sampler's time"
+    )
+    p.add_argument("--layerwise", action="store_true", help="let layers and kinds differ, within --budget-latency")
+    p.add_argument("--kind", choices=KINDS, help="default: map; with --layerwise all of them side by side")
     p.add_argument("--sites", choices=("self", "cross", "both"), default="both")
     p.add_argument("--guidance-scale", type=float, default=7.5)
     p.add_argument("--prompts-file", type=Path, help="calibration prompts, one per line; default: the shipped model's")
@@ -60,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     args.command = shlex.join(["python", "-m", "minireuse.search", *(sys.argv[1:] if argv is None else argv)])
     try:
-        run(args)
+        with started() as ranks:
+            run(args, ranks)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -70,74 +83,143 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> None:
-    """Search one plan for each K. Raises: ValueError, OSError for bad input."""
+@dataclass(frozen=True)
+class Job:
+    """One plan to search and where to write it."""
+
+    out: Path
+    search: Callable[..., phast.SearchResult]  # given a renderer and the options of `phast.search`
+    rivals: dict[str, ReusePlan]  # scored beside it on prompts that no search has seen
+    about: dict[str, Any]  # what the answer depends on, beside what holds for all jobs
+    costs: Costs | None = None
+
+    @property
+    def journal(self) -> Path:
+        return self.out.with_suffix(".journal.jsonl")
+
+
+def run(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Search the plans that the arguments ask for. Raises: ValueError, OSError for bad input."""
     more = parse_budget(args.budget)
+    latency = args.budget_latency
+    if args.layerwise and latency is None:
+        raise ValueError("--layerwise chooses what fits a time; give --budget-latency, such as 0.7")
+    if latency is not None and not 0 < latency < 1:
+        raise ValueError(f"--budget-latency is {latency}, expected a fraction of the full sampler's time, such as 0.7")
+    if latency is not None and args.reuse:
+        raise ValueError("--budget-latency chooses how many calls reuse; give it or --reuse, not both")
     prompts = read_prompts(args.prompts_file, args.model, args.prompts + args.check)
-    pipeline = load(args.model, device=args.device, dtype=args.dtype, tokenizer=args.tokenizer)
-    calls = pipeline.calls(args.sampler, args.steps)
-    counts = args.reuse or [calls // 2]
-    as_file = args.out.suffix == ".json"
-    if as_file and len(counts) > 1:
-        raise ValueError(f"--out {args.out} names one file for {len(counts)} plans; give a folder")
-    sites = select(pipeline.sites, args.sites, args.kind)
-    starts = {k: hurry(calls, sites, k=k) for k in counts}  # refuses an impossible k before any work
-    files = {k: args.out if as_file else args.out / f"{args.sampler}-{args.steps}-{args.kind}-{k}.json" for k in counts}
-    for out in files.values():
-        if out.exists() and not _journal(out).exists():
-            raise ValueError(f"{out} exists; remove it, or give another --out")
-        out.parent.mkdir(parents=True, exist_ok=True)
+    pipeline = load(args.model, device=ranks.device(args.device), dtype=args.dtype, tokenizer=args.tokenizer)
+    jobs = make_jobs(args, pipeline, ranks)
+    for job in jobs:
+        if job.out.exists() and not job.journal.exists():
+            raise ValueError(f"{job.out} exists; remove it, or give another --out")
+    ranks.gather(None)  # nobody writes before all have looked
     began = time.monotonic()
     calibration, unseen = prompts[: args.prompts], prompts[args.prompts :]
     render = make_renderer(args, pipeline, calibration, args.seed)
-    reference = render(ReusePlan.nothing(calls))
-    for k, start in starts.items():
-        if not more(render.calls, time.monotonic() - began):
-            raise ValueError(f"--budget {args.budget} was spent before the search for k = {k} began; give a larger one")
-        out, settings = files[k], describe(args, pipeline, calibration, k)
-        journal = phast.Journal(_journal(out), settings)
+    reference = render(ReusePlan.nothing(pipeline.calls(args.sampler, args.steps)))
+    common = describe(args, pipeline, calibration)
+
+    def left() -> bool:  # other processes make about as many calls as this one
+        return more(render.calls * ranks.size, time.monotonic() - began)
+
+    for job in jobs:
+        if not all(ranks.gather(left())):
+            raise ValueError(f"--budget {args.budget} was spent before {job.out} was begun; give a larger one")
+        job.out.parent.mkdir(parents=True, exist_ok=True)
+        settings = common | job.about
         before = render.calls, render.naive_calls
-        with tqdm(desc=f"k = {k}", unit="plan", disable=args.quiet) as bar:
+        with tqdm(desc=job.out.stem, unit="plan", disable=args.quiet or not ranks.first) as bar:
 
             def show(plan: ReusePlan, value: float, best: float, bar: tqdm = bar) -> None:
-                bar.set_postfix_str(f"{plan} {value:.2f} dB, best {best:.2f}")
+                bar.set_postfix_str(f"{plan.grid or 'by site'} {value:.2f} dB, best {best:.2f}")
                 bar.update()
 
-            result = phast.search(
+            result = job.search(
                 render,
-                start,
-                sites,
-                k=k,
                 score=lambda images: fidelity(images, reference),
-                journal=journal,
+                journal=phast.Journal(job.journal, settings) if ranks.first else phast.Journal(),
                 steepest=not args.first,
-                more=lambda: more(render.calls, time.monotonic() - began),
+                more=left,
                 on_try=show,
+                ranks=ranks,
             )
-        spent, naive = render.calls - before[0], render.naive_calls - before[1]
+        if not ranks.first:
+            continue
         about = settings | {
             "score": result.score,
-            "score_hurry": result.start_score,
+            "score_start": result.start_score,
             "rounds": result.rounds,
             "finished": result.finished,
             "plans_tried": len(result.tried),
-            "calls_made": spent,  # since the last resumption, like the next
-            "calls_naive": naive,
+            "calls_made": render.calls - before[0],  # by this process, since the last resumption, like the next
+            "calls_naive": render.naive_calls - before[1],
             "command": args.command,
             "versions": f"torch {torch.__version__}, python {platform.python_version()}",
         }
-        summary = f"{result.plan}  {result.score:.2f} dB, HURRY {result.start_score:.2f}"
+        summary = f"{result.plan}\n{result.score:.2f} dB, started from {result.start_score:.2f}"
+        if job.costs is not None:
+            about |= {"latency": job.costs.latency(result.plan), "costs": job.costs.to_json()}
+            summary += f", {about['latency']:.2f} of the full sampler's time"
         if unseen:
-            scores = check(args, pipeline, unseen, args.seed + args.prompts, {"phast": result.plan, "hurry": start})
-            about |= {"unseen_prompts": unseen, "score_unseen": scores["phast"], "score_unseen_hurry": scores["hurry"]}
-            summary += f"; on {len(unseen)} unseen prompts {scores['phast']:.2f}, HURRY {scores['hurry']:.2f}"
+            plans = {"phast": result.plan} | job.rivals
+            scores = check(args, pipeline, unseen, args.seed + args.prompts, plans)
+            about |= {"unseen_prompts": unseen, "scores_unseen": scores}
+            told = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+            summary += f"; on {len(unseen)} unseen prompts {told}"
         text = json.dumps(json.loads(result.plan.to_json()) | {"about": about}, indent=2) + "\n"
-        write_whole([out], text.encode(), overwrite=True)  # only ever over a plan of this very search
-        print(f"{summary}; {spent} U-Net calls made, {naive} without sharing; {out}")
+        write_whole([job.out], text.encode(), overwrite=True)  # only ever over a plan of this very search
+        made, naive = about["calls_made"], about["calls_naive"]
+        print(f"{summary}; {made} U-Net calls made, {naive} without sharing; {job.out}")
 
 
-def _journal(out: Path) -> Path:
-    return out.with_suffix(".journal.jsonl")
+def make_jobs(args: argparse.Namespace, pipeline: Pipeline, ranks: Ranks) -> list[Job]:
+    """What the arguments ask for. Raises: ValueError for an impossible number of reuse calls, or files that clash."""
+    calls = pipeline.calls(args.sampler, args.steps)
+    kinds = [args.kind] if args.kind else list(KINDS) if args.layerwise else ["map"]
+    sites = {kind: select(pipeline.sites, args.sites, kind) for kind in kinds}
+    stem = f"{args.sampler}-{args.steps}-{'layerwise' if args.layerwise else kinds[0]}"
+    counts = [] if args.budget_latency is not None else args.reuse or [calls // 2]
+    names = [f"{stem}-{value}.json" for value in counts or [args.budget_latency]]
+    as_file = args.out.suffix == ".json"
+    if as_file and len(names) > 1:
+        raise ValueError(f"--out {args.out} names one file for {len(names)} plans; give a folder")
+    files = [args.out if as_file else args.out / name for name in names]
+    jobs = []
+    for k, out in zip(counts, files, strict=False):
+        (own,) = sites.values()
+        start = hurry(calls, own, k=k)
+        find = partial(phast.search, plan=start, sites=own, k=k)
+        jobs.append(Job(out, find, {"hurry": start}, {"k": k, "kind": kinds[0], "sites": args.sites}))
+    if counts:
+        return jobs
+    groups = list(sites.values())
+    if args.layerwise:
+        some = [s for s in pipeline.sites if s.kind in kinds and (s.kind == "deep" or s in sites[s.kind])]
+        groups = list(groups_of(some, len(pipeline.unet.config.block_out_channels)).values())
+    costs = known_costs(files[0].with_suffix(".costs.json"), pipeline, groups, ranks)
+    within: dict[str, Any] = {"latency": costs.latency, "budget": args.budget_latency}
+    if args.layerwise:
+        groups = [g for g, saved in zip(costs.groups, costs.reuse, strict=True) if -saved > LEAST * costs.plain]
+        find = partial(layerwise, calls=calls, groups=groups, **within)
+    else:
+        find = partial(step_wise, calls=calls, sites=groups[0], **within)
+    rivals: dict[str, ReusePlan] = {}
+    for kind, own in sites.items():
+        fitting = (plan for k in range(calls) if costs.latency(plan := hurry(calls, own, k=k)) <= args.budget_latency)
+        rivals |= {f"hurry {kind}": plan for plan in itertools.islice(fitting, 1)}
+    about = {"budget_latency": args.budget_latency, "layerwise": args.layerwise, "kinds": kinds, "sites": args.sites}
+    return [Job(files[0], find, rivals, about, costs)]
+
+
+def known_costs(path: Path, pipeline: Pipeline, groups: Sequence[Sequence[Site]], ranks: Ranks) -> Costs:
+    """Costs measured before, or now: a resumed search must go by the same ones. Only one process measures."""
+    if ranks.first and not path.exists():
+        text = json.dumps(measure(pipeline, groups).to_json(), indent=2)
+        write_whole([path], text.encode())
+    ranks.gather(None)
+    return Costs.from_json(json.loads(path.read_text(encoding="utf-8")), pipeline.sites)
 
 
 def make_renderer(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], seed: int) -> Renderer:
@@ -185,16 +267,13 @@ def read_prompts(path: Path | None, model: Path | None, count: int) -> list[str]
     return prompts[:count]
 
 
-def describe(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], k: int) -> dict[str, Any]:
-    """All that the answer depends on: what a journal must agree with to be resumed."""
+def describe(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str]) -> dict[str, Any]:
+    """What every answer depends on: a journal must agree with it to be resumed."""
     return {
         "model": pipeline.fingerprint,
         "sampler": args.sampler,
         "steps": args.steps,
         "spacing": pipeline.schedule.spacing,
-        "k": k,
-        "kind": args.kind,
-        "sites": args.sites,
         "guidance_scale": args.guidance_scale,
         "prompts": prompts,
         "first_seed": args.seed,

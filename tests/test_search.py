@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import minireuse
 from minireuse import search
+from minireuse.costs import Costs
 from minireuse.phast import search as phast_search
 from minireuse.policies import hurry, select
 from minireuse.reuse import ReusePlan
@@ -39,7 +44,7 @@ def test_plan_file_holds_the_plan_and_its_story(run, tmp_path: Path, pipeline: m
     text = (tmp_path / "p.json").read_text()
     plan, about = ReusePlan.from_json(text), json.loads(text)["about"]
     assert plan.reused == 2
-    assert about["score"] >= about["score_hurry"]
+    assert about["score"] >= about["score_start"]
     assert about["finished"] is True
     assert about["calls_made"] < about["calls_naive"]
     assert (about["model"], about["prompts"]) == (pipeline.fingerprint, ["a red circle", "a star"])
@@ -75,12 +80,77 @@ def test_several_counts_fill_a_folder(run, tmp_path: Path) -> None:
     assert names == {"ddim-6-deep-1.json", "ddim-6-deep-3.json"}
 
 
+def test_a_latency_chooses_the_number_of_reuse_calls(run, tmp_path: Path, pipeline: minireuse.Pipeline) -> None:
+    argv = ["--budget-latency", "0.6", "--kind", "deep", "--first", "--out", str(tmp_path / "p.json")]
+    assert run(*argv)[0] == 0
+    text = (tmp_path / "p.json").read_text()
+    plan, about = ReusePlan.from_json(text), json.loads(text)["about"]
+    assert {s.kind for s in plan.sites} == {"deep"}
+    costs = Costs.from_json(json.loads((tmp_path / "p.costs.json").read_text()), pipeline.sites)
+    assert about["latency"] == costs.latency(plan.on(pipeline.sites)) <= 0.6
+    assert set(about["scores_unseen"]) == {"phast", "hurry deep"}
+
+
+def test_layers_and_kinds_side_by_side(run, tmp_path: Path, pipeline: minireuse.Pipeline) -> None:
+    argv = ["--layerwise", "--budget-latency", "0.8", "--steps", "4", "--first", "--out", str(tmp_path)]
+    assert run(*argv, "--budget", "3000")[0] == 0
+    text = (tmp_path / "ddim-4-layerwise-0.8.json").read_text()
+    plan, about = ReusePlan.from_json(text), json.loads(text)["about"]
+    assert about["latency"] <= 0.8
+    assert plan.reused > 0
+    assert about["kinds"] == ["map", "out", "deep"]
+
+
+def test_two_processes_find_the_plan_of_one(model_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    common = ["--model", str(model_folder), "--prompts-file", str(prompts), *COMMON, "--reuse", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    script = ["-m", "minireuse.search", *common, "--out", str(tmp_path / "two.json")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *script], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("U-Net calls made") == 1  # one process speaks for both
+    assert search.main([*common, "--out", str(tmp_path / "one.json")]) == 0
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    for name in ("score", "score_start", "scores_unseen", "rounds", "plans_tried"):
+        assert one["about"][name] == two["about"][name], name
+    assert (one["sites"], one["guided"]) == (two["sites"], two["guided"])
+    assert two["about"]["calls_made"] < one["about"]["calls_made"]
+
+
+def test_a_search_killed_at_any_moment_resumes_to_the_same_plan(
+    run, model_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    run("--reuse", "3", "--out", str(tmp_path / "whole.json"))
+    common = ["--model", str(model_folder), "--prompts-file", str(prompts), *COMMON, "--reuse", "3"]
+    argv = [sys.executable, "-m", "minireuse.search", *common, "--out", str(tmp_path / "killed.json")]
+    journal = tmp_path / "killed.journal.jsonl"
+    process = subprocess.Popen(argv, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    while process.poll() is None and (not journal.exists() or len(journal.read_bytes().splitlines()) < 4):
+        time.sleep(0.005)
+    assert process.poll() is None, "the search ended before it could be killed"
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed.json").exists()
+    kept = len(journal.read_bytes().splitlines())
+    assert kept >= 4
+    run("--reuse", "3", "--out", str(tmp_path / "killed.json"))
+    whole, killed = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("whole", "killed"))
+    assert killed["sites"] == whole["sites"]
+    assert killed["about"]["score"] == whole["about"]["score"]
+    assert killed["about"]["plans_tried"] == whole["about"]["plans_tried"]
+    assert killed["about"]["calls_made"] < whole["about"]["calls_made"]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (("--out", "p.json", "--reuse", "1", "2"), "one file for 2 plans"),
         (("--out", "p.json", "--budget", "soon"), "--budget is 'soon'"),
-        (("--out", "p.json", "--budget", "3"), "was spent before the search for k = 3 began"),
+        (("--out", "p.json", "--budget", "3"), "was spent before p.json was begun"),
+        (("--out", "p.json", "--budget-latency", "1.5"), "--budget-latency is 1.5, expected a fraction"),
+        (("--out", "p.json", "--budget-latency", "0.5", "--reuse", "2"), "or --reuse, not both"),
+        (("--out", "p.json", "--layerwise"), "give --budget-latency"),
+        (("--out", "p.json", "--budget-latency", "0.01", "--kind", "deep"), "takes 0.01 of the full sampler's time"),
         (("--out", "p.json", "--prompts", "9"), "holds 3 prompts, 10 are wanted"),
         (("--out", "p.json", "--reuse", "6"), "k is 6, expected"),
         (("--out", "taken.json"), "exists; remove it"),

@@ -116,7 +116,7 @@ def test_without_a_plan_phast_is_hurry_and_says_so() -> None:
     other = (Site("nowhere.attn1", "deep"),)
     with pytest.warns(UserWarning, match="hurry"):
         assert phast_for([])(8, other, k=3).grid == ".....###"
-    with pytest.warns(UserWarning):  # the plans that ship, or none
+    with pytest.warns(UserWarning, match="phast"):  # the plans that ship, or none
         assert phast(9, MAPS, k=3).reused == 3
 
 

@@ -12,7 +12,7 @@ TIERS = (
     ("config", "files", "ranks"),
     ("schedule", "reuse"),
     ("layers", "samplers", "searched", "phast"),
-    ("attention", "policies", "layerwise"),
+    ("attention", "policies", "budget"),
     ("unet", "vae", "text", "ldm"),
     ("guidance", "checkpoint", "metrics"),
     ("pipeline",),

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import minireuse
+from minireuse.budget import greedy, groups_of, layerwise, sensitivity, step_wise
 from minireuse.costs import Costs, measure
-from minireuse.layerwise import greedy, groups_of, layerwise, sensitivity
 from minireuse.phast import Journal, Tries, grouped
 from minireuse.policies import hurry, interval, select
 from minireuse.ranks import Ranks
@@ -65,7 +65,7 @@ def test_greedy_takes_the_least_damage_for_the_time_saved() -> None:
     latency = lambda state: 1 - 0.1 * state[:, 0].sum() - 0.2 * state[:, 1].sum()  # noqa: E731
     drawn = ["".join(".#"[int(c)] for c in row) for row in greedy(damage, latency, 0.75).T]
     assert drawn == ["..#.", "...#"]  # first (3, B) at 10 a unit, then (2, A) at 10; 0.7 <= 0.75
-    with pytest.raises(PlanError, match="the fastest 0.100"):
+    with pytest.raises(PlanError, match=r"the fastest 0\.100"):
         greedy(damage, latency, 0.05)
 
 
@@ -88,9 +88,7 @@ def test_layerwise_finds_the_best_plan_of_an_additive_world() -> None:
         state = np.stack([plan.mask[:, plan.sites.index(s)] for s in (A, B)], axis=1)
         return -10 * np.log10(((damage * state).sum() + 1e-9) / 255**2)
 
-    result = layerwise(
-        lambda plan: plan, 5, [[A], [B]], score=score, latency=COSTS.latency, budget=0.85, steepest=True
-    )
+    result = layerwise(lambda plan: plan, 5, [[A], [B]], score=score, latency=COSTS.latency, budget=0.85, steepest=True)
     assert COSTS.latency(result.plan) <= 0.85
     assert result.finished
     assert result.score >= result.start_score
@@ -104,6 +102,19 @@ def test_layerwise_finds_the_best_plan_of_an_additive_world() -> None:
             if COSTS.latency(plan) <= 0.85:
                 swaps.append(score(plan))
     assert max(swaps, default=-np.inf) <= result.score
+
+
+def test_step_wise_chooses_k_and_places_within_a_latency() -> None:
+    """Of all plans that fit, by exhaustion: here the best stores twice, which three reuse calls pay for."""
+    value = np.array([0, 9, 1, 1, 9, 9])
+    score = lambda plan: -float(plan.mask[:, 0] @ (10 - value))  # noqa: E731
+    costs = Costs(10.0, ((A,),), store=(1.0,), reuse=(-4.0,))
+    result = step_wise(lambda plan: plan, 6, [A], latency=costs.latency, budget=0.85, score=score)
+    rows = [row for row in itertools.product((False, True), repeat=6) if not row[0]]
+    plans = [ReusePlan.stepwise(row, [A]) for row in rows]
+    assert result.score == max(score(plan) for plan in plans if costs.latency(plan) <= 0.85)
+    with pytest.raises(PlanError, match=r"the fastest 0\.683"):
+        step_wise(lambda plan: plan, 6, [A], latency=costs.latency, budget=0.5, score=score)
 
 
 def test_sensitivities_need_the_whole_budget() -> None:

@@ -1,7 +1,8 @@
-"""Plans whose layers differ, left open by the paper: maps, outputs and deep features side by side, in a time budget.
+"""The best plan within a latency: step-wise with any number of reuse calls, or with layers that differ.
 
-Sites go in groups. What a single reuse of a group in one call does to the image is measured once for every call; then
-reuse is added where it does least damage for the time it saves; then swaps refine what came out.
+Layer-wise plans are left open by the paper; here maps, outputs and deep features stand side by side. Sites go in
+groups. What a single reuse of a group in one call does to the image is measured once for every call; then reuse is
+added where it does least damage for the time it saves; then swaps refine what came out.
 """
 
 from __future__ import annotations
@@ -13,10 +14,43 @@ from typing import Any
 import numpy as np
 
 from minireuse.phast import Journal, SearchResult, Tries, grouped, search
-from minireuse.ranks import Ranks
+from minireuse.ranks import ALONE, Ranks
 from minireuse.reuse import PlanError, ReusePlan, Site
 
+COUNTS = 3  # numbers of reuse calls that are searched for a latency
 LONGEST = 3  # calls in a row that are added together: reuse may only pay once several share what one of them stored
+
+
+def step_wise(
+    render: Callable[[ReusePlan], Any],
+    calls: int,
+    sites: Iterable[Site],
+    *,
+    latency: Callable[[ReusePlan], float],
+    budget: float,
+    **options: Any,
+) -> SearchResult:
+    """The best step-wise plan of at most `budget` latency, for the smallest number of reuse calls that can meet it and
+    a few more: storing costs time, so a plan that reuses more may store more often.
+
+    latency: of a plan, as a fraction of the full sampler's. options: `phast.search`'s.
+    Raises: PlanError where even reusing in every call but the first is too slow.
+    """
+    sites = tuple(sites)
+    starts = [ReusePlan.stepwise(np.arange(calls) >= calls - k, sites) for k in range(calls)]
+    fitting = [start for start in starts if latency(start) <= budget]
+    if not fitting:
+        fastest = min(map(latency, starts))
+        raise PlanError(
+            f"no plan over these sites takes {budget} of the full sampler's time; the fastest {fastest:.3f}"
+        )
+    results = []
+    for start in fitting[:COUNTS]:
+        found = search(render, start, sites, k=start.reused, allowed=lambda plan: latency(plan) <= budget, **options)
+        results.append(found)
+        if not found.finished:
+            break
+    return max(results, key=lambda result: result.score)
 
 
 def groups_of(sites: Iterable[Site], levels: int) -> dict[str, tuple[Site, ...]]:
@@ -51,7 +85,7 @@ def layerwise(
     steepest: bool = False,
     more: Callable[[], bool] = lambda: True,
     on_try: Callable[[ReusePlan, float, float], object] = lambda plan, value, best: None,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks = ALONE,
 ) -> SearchResult:
     """A plan of at most `budget` latency: sensitivities, then greedily by damage per time saved, then swaps.
 
@@ -81,7 +115,10 @@ def layerwise(
 
 
 def sensitivity(tries: Tries, calls: int, groups: int) -> np.ndarray:
-    """Mean squared error (of pixels 0 ... 255) when one group reuses in one call. Shapes: -> (calls, groups), inf in call 0."""
+    """Mean squared error (pixels 0 to 255) of one group reusing in one call.
+
+    Shapes: -> (calls, groups), infinite in call 0. Raises: PlanError where the search budget ends before.
+    """
     cells = [(call, g) for g in range(groups) for call in range(1, calls)]
     states = []
     for cell in cells:
@@ -91,7 +128,9 @@ def sensitivity(tries: Tries, calls: int, groups: int) -> np.ndarray:
     damage = np.full((calls, groups), np.inf)
     values = [value for _, value in tries(states)]
     if len(values) < len(states):
-        raise PlanError(f"the search budget ended after {len(values)} of {len(states)} sensitivities; give a larger one")
+        raise PlanError(
+            f"the search budget ended after {len(values)} of {len(states)} sensitivities; give a larger one"
+        )
     for cell, value in zip(cells, values, strict=True):
         damage[cell] = 255**2 * 10 ** (-value / 10)
     return damage
@@ -116,23 +155,19 @@ def greedy(damage: np.ndarray, latency: Callable[[np.ndarray], float], budget: f
         return damage[added & ~state].sum() / saved if saved > 1e-6 else np.inf
 
     def refresh(g: int) -> None:
-        queue[:] = [entry for entry in queue if entry[1] != g]
-        for first in range(1, calls):
-            for length in range(1, min(LONGEST, calls - first) + 1):
-                if not state[first : first + length, g].any() and (value := price(g, first, length)) < np.inf:
-                    queue.append((value, g, first, length))
+        runs = [(i, n) for i in range(1, calls) for n in range(1, min(LONGEST, calls - i) + 1)]
+        free = [(i, n) for i, n in runs if not state[i : i + n, g].any()]
+        queue[:] = [entry for entry in queue if entry[1] != g] + [(price(g, i, n), g, i, n) for i, n in free]
         heapq.heapify(queue)
 
     for g in range(groups):
         refresh(g)
     while now > budget:
-        if not queue:
-            raise PlanError(f"no plan found takes {budget} of the full sampler's time, the fastest {now:.3f}; ask for more")
-        _, g, first, length = heapq.heappop(queue)
+        if not queue or queue[0][0] == np.inf:
+            raise PlanError(f"no plan found takes {budget} of the full sampler's time; the fastest {now:.3f}")
+        promised, g, first, length = heapq.heappop(queue)
         value = price(g, first, length)
-        if value == np.inf:
-            continue
-        if queue and value > queue[0][0]:
+        if value > promised:
             heapq.heappush(queue, (value, g, first, length))
             continue
         state[first : first + length, g] = True
