@@ -1,7 +1,7 @@
 """Train the small U-Net and text encoder on latents of scenes: `python scripts/train_unet.py --out runs/shapes`.
 
 First on scenes at half their size, where a step costs a quarter and colours, places and rough shapes are learned; then
-in turn on windows around single objects, just as cheap, and on whole scenes. v-prediction (arXiv 2202.00512) on a
+in turn on windows around single objects, just as cheap, and on whole scenes, seldom at first. v-prediction (arXiv 2202.00512) on a
 schedule that ends in almost pure noise, without loss weights: with noise prediction on SD's own schedule this small
 model paints the right shapes on the wrong backgrounds.
 """
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--scenes", type=int, default=SCENES)
     parser.add_argument("--half-steps", type=int, default=2000, help="steps on scenes of half the size")
-    parser.add_argument("--steps", type=int, default=4600, help="further steps, on windows and whole scenes")
+    parser.add_argument("--steps", type=int, default=4700, help="further steps, on windows and whole scenes")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--samples", type=int, default=16, help="pictures to look at now and then; 0 is none")
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
         "full",
         args.out,
         model,
-        lambda step: loss_at(step, "whole" if step % 2 else "close"),
+        lambda step: loss_at(step, "whole" if step % (4 if step < 0.4 * args.steps else 2) == 1 else "close"),
         steps=args.steps,
         peak_lr=args.lr / 2,
         ema_decay=0.995,
