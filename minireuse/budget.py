@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from minireuse.phast import Journal, SearchResult, Tries, grouped, search
+from minireuse.journal import Journal
+from minireuse.phast import SearchResult, Tries, grouped, search
 from minireuse.ranks import ALONE, Ranks
 from minireuse.reuse import PlanError, ReusePlan, Site
 

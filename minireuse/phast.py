@@ -8,17 +8,15 @@ Source: arXiv 2401.01008 for the method; the neighbourhood, order and stopping r
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from minireuse.journal import Journal
 from minireuse.ranks import ALONE, Ranks
 from minireuse.reuse import PlanError, ReusePlan, Site
 
@@ -108,7 +106,7 @@ class Tries:
     ) -> None:
         self.made, self.render, self.score = made, render, score
         self.journal, self.more, self.on_try, self.ranks = journal, more, on_try, ranks
-        self.known = dict(ranks.gather(journal.scores)[0])
+        self.known: dict[str, float] = dict(ranks.gather(journal.records)[0])
         self.tried: dict[str, float] = {}  # since this began, in order, known before or not
 
     def __call__(self, states: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, float]]:
@@ -128,6 +126,8 @@ class Tries:
         if self.ranks.rank < len(states):
             own = self.score(self.render(self.made(states[self.ranks.rank])))
         for state, value in zip(states, self.ranks.gather(own), strict=False):
+            if math.isnan(value):
+                raise PlanError(f"plan {_drawn(state)} scored nan; the renderer gave an image that cannot be compared")
             self.journal.add(_drawn(state), value)
             self.known[_drawn(state)] = value
 
@@ -171,59 +171,3 @@ def _moves(state: np.ndarray) -> Iterator[np.ndarray]:
 
 def _drawn(state: np.ndarray) -> str:
     return "/".join("".join(".#"[int(cell)] for cell in row) for row in state.T)
-
-
-class Journal:
-    """Scores by plan, appended to a file as they come: JSON lines, the first of which names what was searched.
-
-    A line that a kill left unfinished is dropped, at the cost of one try.
-    """
-
-    def __init__(self, path: Path | None = None, settings: dict[str, Any] | None = None) -> None:
-        self.scores: dict[str, float] = {}  # by plan, as drawn
-        self._path = path
-        if path is None:
-            return
-        if path.exists() and path.stat().st_size:
-            self._read(path, settings)
-        else:
-            self._append({"settings": settings})
-
-    def _read(self, path: Path, settings: dict[str, Any] | None) -> None:
-        lines = path.read_bytes().splitlines(keepends=True)
-        unfinished = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
-        records = [_record(line) for line in lines]
-        if not records or "settings" not in records[0]:
-            raise PlanError(f"{path} is not a journal; remove it, or name another output")
-        if records[0]["settings"] != json.loads(json.dumps(settings)):
-            raise PlanError(f"{path} is the journal of another search; remove it, or name another output")
-        for number, record in enumerate(records[1:], start=2):
-            plan, score = record.get("plan"), record.get("score")
-            if not isinstance(plan, str) or not isinstance(score, (int, float)):
-                raise PlanError(f"{path} line {number} holds no plan and score; remove that line, or the file")
-            self.scores[plan] = float(score)
-        if unfinished:
-            os.truncate(path, path.stat().st_size - len(unfinished))
-
-    def add(self, grid: str, score: float) -> None:
-        """Remember a score, on disk before this returns."""
-        if math.isnan(score):
-            raise PlanError(f"plan {grid} scored nan; the renderer gave an image that cannot be compared")
-        self.scores[grid] = score
-        if self._path is not None:
-            self._append({"plan": grid, "score": score})
-
-    def _append(self, record: dict[str, Any]) -> None:
-        assert self._path is not None
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _record(line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}

@@ -24,6 +24,7 @@ from minireuse import phast
 from minireuse.budget import groups_of, layerwise, step_wise
 from minireuse.costs import Costs, measure
 from minireuse.files import read_lines, shipped_model, write_whole
+from minireuse.journal import Journal
 from minireuse.metrics import psnr
 from minireuse.pipeline import Pipeline, load
 from minireuse.policies import hurry, select
@@ -139,7 +140,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
             result = job.search(
                 render,
                 score=lambda images: fidelity(images, reference),
-                journal=phast.Journal(job.journal, settings) if ranks.first else phast.Journal(),
+                journal=Journal(job.journal, settings) if ranks.first else Journal(),
                 steepest=not args.first,
                 more=left,
                 on_try=show,

@@ -1,9 +1,9 @@
 """Train the small U-Net and text encoder on latents of scenes: `python scripts/train_unet.py --out runs/shapes`.
 
 First on scenes at half their size, where a step costs a quarter and colours, places and rough shapes are learned; then
-in turn on windows around single objects, just as cheap, and on whole scenes, seldom at first. v-prediction (arXiv 2202.00512) on a
-schedule that ends in almost pure noise, without loss weights: with noise prediction on SD's own schedule this small
-model paints the right shapes on the wrong backgrounds.
+in turn on windows around single objects, just as cheap, and on whole scenes, seldom at first. v-prediction (arXiv
+2202.00512) on a schedule that ends in almost pure noise, without loss weights: with noise prediction on SD's own
+schedule this small model paints the right shapes on the wrong backgrounds.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import pytest
 import minireuse
 from minireuse.budget import greedy, groups_of, layerwise, sensitivity, step_wise
 from minireuse.costs import Costs, measure
-from minireuse.phast import Journal, Tries, grouped
+from minireuse.journal import Journal
+from minireuse.phast import Tries, grouped
 from minireuse.policies import hurry, interval, select
 from minireuse.ranks import Ranks
 from minireuse.reuse import PlanError, ReusePlan, Site

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import minireuse
+from minireuse.journal import Journal
 from minireuse.metrics import psnr
-from minireuse.phast import Journal, search
+from minireuse.phast import search
 from minireuse.policies import early, hurry, interval, select, tgate
 from minireuse.render import Renderer, refill
 from minireuse.reuse import PlanError, ReusePlan, Site
@@ -104,23 +105,23 @@ def test_a_killed_search_resumes_to_the_same_answer(tmp_path: Path) -> None:
             run(path, die_after)
         spent += die_after - 1
         with path.open("a") as file:
-            file.write('{"plan": ".##')  # what a kill in the middle of a write leaves
+            file.write('{"key": ".##')  # what a kill in the middle of a write leaves
     assert run(path, None) == (plan, score, renders - spent)
 
 
 def test_journal_refuses_another_search_and_broken_lines(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     Journal(path, {"k": 3}).add("..#", 1.5)
-    assert Journal(path, {"k": 3}).scores == {"..#": 1.5}
-    with pytest.raises(PlanError, match="another search"):
+    assert Journal(path, {"k": 3}).records == {"..#": 1.5}
+    with pytest.raises(ValueError, match="other work"):
         Journal(path, {"k": 4})
-    path.write_text('{"settings": {"k": 3}}\n{"plan": 7}\n')
-    with pytest.raises(PlanError, match="line 2"):
+    path.write_text('{"settings": {"k": 3}}\n{"key": 7}\n')
+    with pytest.raises(ValueError, match="line 2"):
         Journal(path, {"k": 3})
     plan_file = tmp_path / "plan.json"
     for text in ("not json\n", hurry(3, [A], k=1).to_json() + "\n"):
         plan_file.write_text(text)
-        with pytest.raises(PlanError, match="not a journal"):
+        with pytest.raises(ValueError, match="not a journal"):
             Journal(plan_file, {"k": 3})
         assert plan_file.read_text() == text  # what was not ours is left as it was
 

@@ -123,7 +123,7 @@ def test_costs_are_measured_where_none_are_known(run, tmp_path: Path, pipeline: 
 
 def test_two_processes_find_the_plan_of_one(model_folder: Path, prompts: Path, tmp_path: Path) -> None:
     common = ["--model", str(model_folder), "--prompts-file", str(prompts), *COMMON, "--reuse", "2"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = ["-m", "minireuse.search", *common, "--out", str(tmp_path / "two.json")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*torchrun, *script], capture_output=True, text=True, env=environment, timeout=300)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "minireuse"
 TIERS = (
-    ("config", "files", "ranks"),
+    ("config", "files", "journal", "ranks"),
     ("schedule", "reuse"),
     ("layers", "samplers", "searched", "phast"),
     ("attention", "policies", "budget"),

@@ -1,0 +1,62 @@
+"""A record of long work on disk, so that an interrupted run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """Results by key, appended to a file as they come: JSON lines, the first of which names what the work was.
+
+    A line that a kill left unfinished is dropped, at the cost of one result. Without a path it only remembers.
+    Raises: ValueError for a file that is no journal, or the journal of other work.
+    """
+
+    def __init__(self, path: Path | None = None, settings: dict[str, Any] | None = None) -> None:
+        self.records: dict[str, Any] = {}
+        self._path = path
+        if path is None:
+            return
+        if path.exists() and path.stat().st_size:
+            self._read(path, settings)
+        else:
+            self._append({"settings": settings})
+
+    def _read(self, path: Path, settings: dict[str, Any] | None) -> None:
+        lines = path.read_bytes().splitlines(keepends=True)
+        unfinished = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
+        records = [_record(line) for line in lines]
+        if not records or "settings" not in records[0]:
+            raise ValueError(f"{path} is not a journal; remove it, or name another output")
+        if records[0]["settings"] != json.loads(json.dumps(settings)):
+            raise ValueError(f"{path} is the journal of other work; remove it, or name another output")
+        for number, record in enumerate(records[1:], start=2):
+            if not isinstance(record.get("key"), str) or "value" not in record:
+                raise ValueError(f"{path} line {number} holds no key and value; remove that line, or the file")
+            self.records[record["key"]] = record["value"]
+        if unfinished:
+            os.truncate(path, path.stat().st_size - len(unfinished))
+
+    def add(self, key: str, value: Any) -> None:
+        """Remember a result, on disk before this returns."""
+        self.records[key] = value
+        if self._path is not None:
+            self._append({"key": key, "value": value})
+
+    def _append(self, record: dict[str, Any]) -> None:
+        assert self._path is not None
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
