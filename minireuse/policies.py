@@ -168,7 +168,9 @@ def build(
     kind: str = "map",
     policies: Mapping[str, Policy] = POLICIES,
 ) -> ReusePlan:
-    """The plan a text names: a policy, with knobs as in `deepcache:every=3`, a plan file, or several joined by `|`.
+    """The plan a text names: a policy, a plan file, or several joined by `|`.
+
+    Knobs follow a policy's name, as in `deepcache:every=3` or `hurry:k=5,kind=out,sites=cross`.
 
     sites: the model's; k, which, kind: for the policies that reuse the sites they are given; policies: by name.
     Raises: PlanError for an unknown name or knob, or what the policy itself refuses; OSError for an unreadable file.
@@ -201,6 +203,9 @@ def _term(
     knobs: dict[str, float | None] = {"k": k} if "k" in accepted else {}
     for setting in filter(None, settings.split(",")):
         knob, _, value = setting.partition("=")
+        if knob in ("kind", "sites") and name not in RELATIVES:
+            which, kind = (value, kind) if knob == "sites" else (which, value)
+            continue
         try:
             knobs[knob] = float(value) if "." in value else int(value)
         except ValueError:

@@ -10,7 +10,6 @@ import os
 import platform
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
+from minireuse.command import exit_status
 from minireuse.config import PREDICTION_TYPES
 from minireuse.files import read_lines, write_whole
 from minireuse.pipeline import ATTENTIONS, Pipeline, load
@@ -93,17 +93,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     args = parser().parse_args(argv)
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
-        try:
-            report = run(args)
-        except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+    return exit_status(lambda: tell(args, run(args)))
+
+
+def tell(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Print what was done: JSON, a line, or nothing."""
     if args.json:
         print(json.dumps(report, indent=2))
     elif not args.quiet:
@@ -111,7 +105,6 @@ def main(argv: list[str] | None = None) -> int:
         files = report["images"][0] if len(report["images"]) == 1 else f"{len(report['images'])} images"
         peak = report["cache_peak_bytes"] / 2**20
         print(f"{report['seconds']:.2f} s, {calls} calls ({reused} reused), cache peak {peak:.1f} MiB, {files}")
-    return 0
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

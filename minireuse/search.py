@@ -16,16 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from minireuse import phast
 from minireuse.budget import groups_of, layerwise, step_wise
+from minireuse.command import exit_status
 from minireuse.costs import Costs, measure
 from minireuse.files import read_lines, shipped_model, write_whole
 from minireuse.journal import Journal
-from minireuse.metrics import psnr
+from minireuse.metrics import fidelity
 from minireuse.pipeline import Pipeline, load
 from minireuse.policies import hurry, select
 from minireuse.ranks import Ranks, started
@@ -33,7 +33,6 @@ from minireuse.render import Renderer
 from minireuse.reuse import KINDS, ReusePlan, Site
 from minireuse.samplers import SAMPLERS
 
-CEILING = 100.0  # dB counted for an image equal to the full sampler's, whose PSNR is infinite
 LEAST = 0.01  # of a plain call: groups that save less are not worth searching
 
 
@@ -72,16 +71,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     args = parser().parse_args(argv)
     args.command = shlex.join(["python", "-m", "minireuse.search", *(sys.argv[1:] if argv is None else argv)])
-    try:
+
+    def work() -> None:
         with started() as ranks:
             run(args, ranks)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the journal", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_status(work, "interrupted; the same command goes on from the journal")
 
 
 @dataclass(frozen=True)
@@ -139,7 +134,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
 
             result = job.search(
                 render,
-                score=lambda images: fidelity(images, reference),
+                score=lambda images: float(fidelity(images, reference).mean()),
                 journal=Journal(job.journal, settings) if ranks.first else Journal(),
                 steepest=not args.first,
                 more=left,
@@ -230,18 +225,13 @@ def make_renderer(args: argparse.Namespace, pipeline: Pipeline, prompts: list[st
     )
 
 
-def fidelity(images: np.ndarray, reference: np.ndarray) -> float:
-    """Mean PSNR in dB, an equal image counted as `CEILING`."""
-    return float(np.minimum(psnr(images, reference), CEILING).mean())
-
-
 def check(
     args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], seed: int, plans: dict[str, ReusePlan]
 ) -> dict[str, float]:
     """The score of each plan on prompts that the search has not seen."""
     render = make_renderer(args, pipeline, prompts, seed)
     reference = render(ReusePlan.nothing(next(iter(plans.values())).calls))
-    return {name: fidelity(render(plan), reference) for name, plan in plans.items()}
+    return {name: float(fidelity(render(plan), reference).mean()) for name, plan in plans.items()}
 
 
 def parse_budget(text: str | None) -> Any:

@@ -33,6 +33,7 @@ from world import (
     Scene,
     _stripe_colour,
     caption,
+    parse_caption,
     render,
 )
 
@@ -94,6 +95,13 @@ def check(image: Array, scene: Scene) -> dict[str, bool]:
 def score(images: Iterable[Array], scenes: Iterable[Scene]) -> dict[str, float]:
     """The fraction right of each kind of attribute, of all attributes, and of prompts with everything right."""
     return _summary([check(image, scene) for image, scene in zip(images, scenes, strict=True)])
+
+
+def follow(images: Iterable[Array], prompts: Iterable[str]) -> list[float | None]:
+    """The share of what each plain caption tells that its image shows; None for other prompts."""
+    scenes = [parse_caption(prompt) for prompt in prompts]
+    checks = [scene and check(image, scene) for image, scene in zip(images, scenes, strict=True)]
+    return [sum(c.values()) / len(c) if c else None for c in checks]
 
 
 # --- what is there ---------------------------------------------------------------------------------------------------

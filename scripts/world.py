@@ -9,6 +9,7 @@ Source of the distance functions: Inigo Quilez, iquilezles.org/articles/distfunc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -106,6 +107,22 @@ def caption(scene: Scene) -> str:
     parts = [_article(f"{o.size} {'striped ' * (o.fill == 'striped')}{o.colour} {o.shape}") for o in scene.objects]
     relation = f" {scene.relation} " if scene.relation else ""
     return relation.join(parts) + f" on {_article(scene.background)} background"
+
+
+def parse_caption(text: str) -> Scene | None:
+    """What a plain caption tells, without places; None for any other text."""
+    thing = rf"an? ({'|'.join(SIZES)}) (striped )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+    whole = rf"{thing}(?: ({'|'.join(RELATIONS)}) {thing})? on an? ({'|'.join(COLOURS)}) background"
+    found = re.fullmatch(whole, text)
+    if found is None:
+        return None
+    *first, relation, size, fill, colour, shape, background = found.groups()
+    parts = [first, [size, fill, colour, shape]] if relation else [first]
+    objects = tuple(
+        Object(shape, colour, size, "striped" if fill else "plain", 0.0, 0.0, SIZES[size][0])
+        for size, fill, colour, shape in parts
+    )
+    return Scene(objects, relation, background, 0.0)
 
 
 def vary_caption(scene: Scene, rng: np.random.Generator) -> str:

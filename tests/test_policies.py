@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from minireuse.policies import POLICIES, select
+from minireuse.policies import POLICIES, build, select
 from minireuse.reuse import PlanError, ReusePlan, Site
 
 SITES = tuple(Site(f"block.{name}", kind) for kind in ("map", "out") for name in ("attn1", "attn2"))
@@ -109,3 +109,13 @@ def test_deep_selects_one_branch_counted_from_the_outside() -> None:
     assert select(SITES + DEEP, kind="deep", branch=2) == (DEEP[0],)
     with pytest.raises(PlanError, match="branch is 3, expected a whole number from 0 to 2"):
         select(SITES + DEEP, kind="deep", branch=3)
+
+
+def test_a_term_may_name_its_own_kind_and_sites() -> None:
+    plan = build("hurry:k=2,kind=out,sites=cross|early:k=1", 6, SITES, k=3)
+    drawn = {site: column(plan, site) for site in plan.sites}
+    assert drawn == {SITES[3]: "....##", SITES[0]: ".#....", SITES[1]: ".#...."}
+    with pytest.raises(PlanError, match="sites is 'some', expected self, cross or both"):
+        build("hurry:sites=some", 6, SITES)
+    with pytest.raises(PlanError, match="is not knob=number"):
+        build("deepcache:kind=out", 6, DEEP)

@@ -15,6 +15,7 @@ import minireuse
 from minireuse import search
 from minireuse.budget import groups_of
 from minireuse.costs import Costs
+from minireuse.metrics import fidelity
 from minireuse.phast import search as phast_search
 from minireuse.policies import hurry, select
 from minireuse.reuse import ReusePlan, Site
@@ -59,7 +60,7 @@ def test_plan_file_holds_the_plan_and_its_story(run, tmp_path: Path, pipeline: m
 
     reference = render(ReusePlan.nothing(6))
     start = hurry(6, select(pipeline.sites), k=2)
-    by_hand = phast_search(render, start, start.sites, k=2, score=lambda images: search.fidelity(images, reference))
+    by_hand = phast_search(render, start, start.sites, k=2, score=lambda images: fidelity(images, reference).mean())
     assert by_hand.plan == plan
     assert by_hand.score == about["score"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "minireuse"
 TIERS = (
-    ("config", "files", "journal", "ranks"),
+    ("config", "files", "journal", "command", "ranks"),
     ("schedule", "reuse"),
     ("layers", "samplers", "searched", "phast"),
     ("attention", "policies", "budget"),
@@ -17,6 +17,7 @@ TIERS = (
     ("guidance", "checkpoint", "metrics"),
     ("pipeline",),
     ("render", "costs"),
+    ("report",),
     ("sample", "search", "evaluate"),
 )
 TIER = {name: tier for tier, names in enumerate(TIERS) for name in names}

@@ -1,0 +1,335 @@
+"""Compare policies in one run: `python -m minireuse.evaluate --policies hurry phast steps:13 --out results`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from minireuse.command import exit_status
+from minireuse.files import read_lines, shipped_model, write_whole
+from minireuse.journal import Journal
+from minireuse.metrics import fidelity, ssim
+from minireuse.pipeline import Pipeline, load
+from minireuse.policies import POLICIES, RELATIVES, build, phast_for
+from minireuse.ranks import Ranks, started
+from minireuse.render import Renderer
+from minireuse.report import summarise, write_report
+from minireuse.reuse import ReuseCache, ReusePlan
+from minireuse.samplers import SAMPLERS
+from minireuse.searched import plans_of
+
+DEFAULT = ("hurry", "phast", "phast:kind=out", "phast:kind=deep", "interval", "deepcache", "tgate", "pab")
+FEWER = ("steps:15", "steps:13", "steps:10")
+FULL = "none"  # the row that all others are compared with
+Follow = Callable[[Sequence[np.ndarray], Sequence[str]], list[float | None]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to sample: a policy, or the plain sampler with fewer steps."""
+
+    name: str
+    steps: int
+    plan: ReusePlan
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m minireuse.evaluate",
+        description="Fidelity to the full sampler, time and memory of policies, on the same prompts, in one run.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    names = "names with knobs, plan files, joined by |, and steps:N for the plain sampler with fewer steps"
+    p.add_argument("--policies", nargs="+", default=[*DEFAULT, *FEWER], metavar="POLICY", help=names)
+    p.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
+    p.add_argument("--steps", type=int, default=20)
+    p.add_argument("--reuse", type=int, metavar="K", help="calls that reuse, where a policy is not told; default: half")
+    p.add_argument("--guidance-scale", type=float, default=7.5)
+    p.add_argument("--prompts-file", type=Path, help="one per line; default: the shipped model's evaluation prompts")
+    p.add_argument("--prompts", type=int, default=40, metavar="N", help="how many of them; prompt i takes seed i")
+    p.add_argument("--seed", type=int, default=0, help="seed of the first prompt")
+    p.add_argument("--batch-size", type=int, default=4, metavar="N", help="prompts rendered together")
+    p.add_argument("--rounds", type=int, default=7, help="timed runs of each policy, in turn; 0 is none")
+    p.add_argument("--equal-latency", action="store_true", help="add the plain sampler of equal time for each policy")
+    p.add_argument("--against", default=FULL, metavar="POLICY", help="print paired differences to this row too")
+    p.add_argument(
+        "--check", type=Path, metavar="FILE.py", help="scores prompt-following; default: ours, for our model"
+    )
+    p.add_argument("--model", type=Path, metavar="PATH")
+    p.add_argument("--tokenizer", metavar="PATH|NAME")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="auto")
+    p.add_argument("--out", type=Path, required=True, help="a folder: results.json, table.md, plots, images")
+    p.add_argument("--quiet", action="store_true", help="no progress bars")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    args = parser().parse_args(argv)
+    args.command = shlex.join(["python", "-m", "minireuse.evaluate", *(sys.argv[1:] if argv is None else argv)])
+
+    def work() -> None:
+        with started() as ranks:
+            run(args, ranks)
+
+    return exit_status(work, "interrupted; the same command goes on from the journal")
+
+
+def run(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Evaluate and write the report. Raises: ValueError, OSError for bad input."""
+    for name in ("prompts", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 1 or more")
+    if (args.out / "results.json").exists():
+        raise ValueError(f"{args.out} holds results already; remove them, or name another folder")
+    prompts = read_prompts(args)
+    follow = prompt_check(args)
+    pipeline = load(args.model, device=ranks.device(args.device), dtype=args.dtype, tokenizer=args.tokenizer)
+    rows = make_rows(args, pipeline)
+    if args.against not in {row.name for row in rows}:
+        raise ValueError(f"--against is {args.against!r}, expected one of {', '.join(row.name for row in rows)}")
+    settings = describe(args, pipeline, prompts)
+    args.out.mkdir(parents=True, exist_ok=True)
+    journal = Journal(args.out / "journal.jsonl", settings) if ranks.first else Journal()
+
+    # Time first, by one process alone: which plain sampler takes equally long decides what is rendered.
+    timings = ranks.gather(measure(args, pipeline, rows, prompts[0], journal) if ranks.first else None)[0]
+    twins = equals(rows, timings) if args.equal_latency else {}
+    rendered = [row for row in rows if row.name in {*twins.values(), FULL, *args.policies}]
+    scores = judge(args, pipeline, rendered, prompts, follow, journal, ranks)
+    if ranks.first:
+        results = {
+            "settings": settings,
+            "command": args.command,
+            "versions": f"torch {torch.__version__}, python {platform.python_version()}, {pipeline.device}",
+            "rows": {
+                row.name: {
+                    "plan": row.plan.grid,
+                    "calls": row.plan.calls,
+                    "reused": row.plan.reused,
+                    **scores[row.name],
+                    **timings.get(row.name, {}),
+                }
+                for row in rendered
+            },
+            "equal_latency": twins,
+        }
+        write_whole([args.out / "results.json"], json.dumps(results, indent=1).encode())
+        pictures = {row.name: picture(args.out, row.name, 0).parent for row in rendered}
+        print(write_report(args.out, summarise(results, args.against), pictures, prompts))
+
+
+def make_rows(args: argparse.Namespace, pipeline: Pipeline) -> list[Row]:
+    """The full sampler, what --policies names and, for --equal-latency, the plain sampler with every step count."""
+    calls = pipeline.calls(args.sampler, args.steps)
+    policies = POLICIES
+    if any("phast" in text for text in args.policies):
+        policies = POLICIES | {"phast": phast_for(plans_of(args.model), args.sampler, pipeline.fingerprint)}
+    rows = {FULL: Row(FULL, args.steps, ReusePlan.nothing(calls))}
+    fewer = [f"steps:{n}" for n in range(2, args.steps)] if args.equal_latency else []
+    for text in dict.fromkeys([*args.policies, *fewer]):
+        kind, _, number = text.partition(":")
+        if kind == "steps":
+            if not number.isdigit() or not int(number) > 0:
+                raise ValueError(f"{text!r} is not a number of steps, such as steps:13")
+            rows[text] = Row(text, int(number), ReusePlan.nothing(pipeline.calls(args.sampler, int(number))))
+        else:
+            k = None if RELATIVES.keys() & {t.strip().partition(":")[0] for t in text.split("|")} else args.reuse
+            plan = build(text, calls, pipeline.sites, k=k, policies=policies).on(pipeline.sites)
+            plan.check_calls(calls, args.sampler)
+            rows[text] = Row(text, args.steps, plan)
+    return list(rows.values())
+
+
+def measure(
+    args: argparse.Namespace, pipeline: Pipeline, rows: Sequence[Row], prompt: str, journal: Journal
+) -> dict[str, dict[str, Any]]:
+    """Seconds of the sampling loop and of everything, of one image, the rows in turn; and the cache's peak.
+
+    By row: seconds, seconds_total, seconds_explicit (every attention map written out), each a list over rounds.
+    """
+    if "timings" in journal.records:
+        return dict(journal.records["timings"])
+    timings: dict[str, dict[str, Any]] = {
+        row.name: {"seconds": [], "seconds_total": [], "seconds_explicit": [], "cache_peak_bytes": 0} for row in rows
+    }
+    for i in tqdm(range(args.rounds + 1 if args.rounds else 0), desc="time", disable=args.quiet):
+        for row, attention in itertools.product(rows, ("fused", "explicit")):
+            began = time.perf_counter()
+            result = pipeline.generate(
+                prompt,
+                steps=row.steps,
+                sampler=args.sampler,
+                guidance_scale=args.guidance_scale,
+                seeds=args.seed,
+                plan=row.plan,
+                cache=ReuseCache(),
+                attention=attention,
+            )
+            total, kept = time.perf_counter() - began, timings[row.name]
+            if attention == "fused":
+                kept["cache_peak_bytes"] = result.cache_peak_bytes
+            if i == 0:  # warms up
+                continue
+            if attention == "fused":
+                kept["seconds"].append(result.seconds)
+                kept["seconds_total"].append(total)
+            else:
+                kept["seconds_explicit"].append(result.seconds)
+    journal.add("timings", timings)
+    return timings
+
+
+def equals(rows: Sequence[Row], timings: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """For each policy the plain sampler whose time is nearest to its own."""
+    seconds = {row.name: float(np.median(timings[row.name]["seconds"])) for row in rows}
+    plain = [name for name in seconds if name == FULL or name.startswith("steps:")]
+    return {
+        row.name: min(plain, key=lambda name: abs(seconds[name] - seconds[row.name]))
+        for row in rows
+        if row.name not in plain
+    }
+
+
+def judge(
+    args: argparse.Namespace,
+    pipeline: Pipeline,
+    rows: Sequence[Row],
+    prompts: Sequence[str],
+    follow: Follow | None,
+    journal: Journal,
+    ranks: Ranks,
+) -> dict[str, dict[str, list]]:
+    """Fidelity of every row to the full sampler, prompt by prompt; ranks take batches in turn.
+
+    What a batch holds does not depend on the number of ranks, nor does any figure.
+    """
+    known = dict(ranks.gather(journal.records)[0])
+    starts = range(0, len(prompts), args.batch_size)
+    missing = [start for start in starts if any(f"{row.name}/{start}" not in known for row in rows)]
+    turns = [missing[i : i + ranks.size] for i in range(0, len(missing), ranks.size)]
+    for turn in tqdm(turns, desc="render", disable=args.quiet or not ranks.first):
+        own: dict[str, Any] = {}
+        if ranks.rank < len(turn):
+            start = turn[ranks.rank]
+            own = judge_batch(args, pipeline, rows, prompts[start : start + args.batch_size], start, follow)
+        for key, value in itertools.chain(*(found.items() for found in ranks.gather(own))):
+            known[key] = value
+            journal.add(key, value)
+    return {
+        row.name: {
+            measure: [v for start in starts for v in known[f"{row.name}/{start}"][measure]]
+            for measure in ("psnr", "ssim", "follows")
+        }
+        for row in rows
+    }
+
+
+def judge_batch(
+    args: argparse.Namespace,
+    pipeline: Pipeline,
+    rows: Sequence[Row],
+    prompts: Sequence[str],
+    start: int,
+    follow: Follow | None,
+) -> dict[str, dict[str, list]]:
+    """The figures of one batch by row, and its pictures in the output folder."""
+    seeds = [args.seed + start + i for i in range(len(prompts))]
+    renderers = {
+        steps: Renderer(pipeline, prompts, seeds, sampler=args.sampler, steps=steps, guidance_scale=args.guidance_scale)
+        for steps in {row.steps for row in rows}
+    }
+    reference = renderers[args.steps](next(row.plan for row in rows if row.name == FULL))
+    found = {}
+    for row in rows:
+        images = renderers[row.steps](row.plan)
+        for i, image in enumerate(images):
+            path = picture(args.out, row.name, start + i)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+        found[f"{row.name}/{start}"] = {
+            "psnr": fidelity(images, reference).tolist(),
+            "ssim": ssim(images, reference).tolist(),
+            "follows": [None] * len(images) if follow is None else follow(list(images), prompts),
+        }
+    return found
+
+
+def picture(out: Path, row: str, index: int) -> Path:
+    """Where the picture of one prompt lies. A row's name may hold what a file's may not."""
+    return out / "images" / "".join(c if c.isalnum() or c in "-_=.," else "_" for c in row) / f"{index:05d}.png"
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The first `--prompts` prompts of the file. Raises: ValueError where it holds fewer."""
+    if args.prompts_file is None and args.model is not None:
+        raise ValueError("no evaluation prompts are known for this model; give --prompts-file, one prompt per line")
+    path = args.prompts_file or shipped_model() / "prompts" / "evaluation.txt"
+    prompts = read_lines(path)
+    if len(prompts) < args.prompts:
+        raise ValueError(f"{path} holds {len(prompts)} prompts, {args.prompts} are wanted; lower --prompts")
+    return prompts[: args.prompts]
+
+
+def prompt_check(args: argparse.Namespace) -> Follow | None:
+    """`follow` of the file given, or of the repository's verifier for the shipped model in a checkout."""
+    path = args.check
+    if path is None:
+        ours = shipped_model().parent / "scripts" / "verify.py"
+        path = ours if args.model is None and ours.is_file() else None
+    if path is None:
+        return None
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ValueError(f"--check {path} is not a Python file; name one with a function follow(images, prompts)")
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    sys.path.insert(0, str(path.parent))  # for what lies beside it
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = before
+    follow: Follow | None = getattr(module, "follow", None)
+    if follow is None:
+        raise ValueError(f"--check {path} has no function follow(images, prompts)")
+    return follow
+
+
+def describe(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str]) -> dict[str, Any]:
+    """What the figures depend on: a journal must agree with it to be resumed."""
+    return {
+        "model": pipeline.fingerprint,
+        "sampler": args.sampler,
+        "steps": args.steps,
+        "spacing": pipeline.schedule.spacing,
+        "guidance_scale": args.guidance_scale,
+        "policies": args.policies,
+        "reuse": args.reuse,
+        "equal_latency": args.equal_latency,
+        "prompts": prompts,
+        "first_seed": args.seed,
+        "batch_size": args.batch_size,
+        "rounds": args.rounds,
+        "dtype": str(pipeline.dtype),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

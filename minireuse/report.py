@@ -1,0 +1,140 @@
+"""From the raw figures of an evaluation to a table, a plot and a grid of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from minireuse.files import write_whole
+from minireuse.metrics import interval
+
+SHOWN = 8  # prompts in the grid of pictures
+
+
+def summarise(results: dict[str, Any], against: str) -> dict[str, dict[str, Any]]:
+    """Means, intervals and ratios of each row, from what `results.json` holds."""
+    rows, full = results["rows"], results["rows"]["none"]
+    summary = {}
+    for name, row in rows.items():
+        made: dict[str, Any] = {
+            "plan": row["plan"],
+            "calls": row["calls"],
+            "reused": row["reused"],
+            "psnr": float(np.mean(row["psnr"])),
+            "psnr_interval": interval(row["psnr"]),
+            "ssim": float(np.mean(row["ssim"])),
+        }
+        if None not in row["follows"]:
+            made["follows"] = float(np.mean(row["follows"]))
+        if row.get("seconds"):
+            made["cache_mib"] = row["cache_peak_bytes"] / 2**20
+            for key in ("seconds", "seconds_total", "seconds_explicit"):
+                # Each round by itself: what disturbs a machine for a while disturbs neighbours alike.
+                ratios = np.array(row[key]) / np.array(full[key])
+                made[key] = float(np.median(row[key]))
+                made[f"{key}_ratio"] = float(np.median(ratios))
+                made[f"{key}_spread"] = [float(q) for q in np.percentile(ratios, [25, 75])]
+        for label, other in (("twin", results["equal_latency"].get(name)), ("against", against)):
+            if other in rows and other != name:
+                gain = np.subtract(row["psnr"], rows[other]["psnr"])
+                made[label] = {"row": other, "gain": float(gain.mean()), "interval": interval(gain)}
+        summary[name] = made
+    return summary
+
+
+def table(summary: dict[str, dict[str, Any]]) -> str:
+    """The summary as Markdown."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "calls, reused": lambda r: f"{r['calls']}, {r['reused']}",
+        "PSNR, dB [95 %]": lambda r: _with_interval(r["psnr"], r["psnr_interval"]),
+        "SSIM": lambda r: f"{r['ssim']:.4f}",
+        "prompt followed": lambda r: f"{r['follows']:.3f}",
+        "U-Net time": lambda r: _with_interval(r["seconds_ratio"], r["seconds_spread"], 2),
+        "whole time": lambda r: f"{r['seconds_total_ratio']:.2f}",
+        "time, explicit maps": lambda r: f"{r['seconds_explicit_ratio']:.2f}",
+        "cache, MiB": lambda r: f"{r['cache_mib']:.2f}",
+        "at equal time, dB": lambda r: _gain(r["twin"]),
+        "paired, dB": lambda r: _gain(r["against"]),
+    }
+    lines = []
+    for name, row in summary.items():
+        escaped = name.replace("|", r"\|")
+        lines.append([f"`{escaped}`", *(_cell(write, row) for write in columns.values())])
+    used = [i for i in range(len(columns) + 1) if any(line[i] for line in lines)]
+    head = ["", *columns]
+    drawn = [[head[i] for i in used], ["---"] * len(used), *([line[i] for i in used] for line in lines)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in drawn) + "\n"
+
+
+def _cell(write: Callable[[dict[str, Any]], str], row: dict[str, Any]) -> str:
+    """What a column says of a row; nothing where it was not measured, or has no meaning."""
+    try:
+        return write(row)
+    except KeyError:
+        return ""
+
+
+def _with_interval(value: float, ends: Sequence[float], digits: int = 1) -> str:
+    low, high = (f"{end:.{digits}f}" for end in ends)
+    return f"{value:.{digits}f} [{low}, {high}]"
+
+
+def _gain(difference: dict[str, Any]) -> str:
+    low, high = difference["interval"]
+    return f"{difference['gain']:+.1f} [{low:+.1f}, {high:+.1f}] on `{difference['row']}`"
+
+
+def write_report(
+    out: Path, summary: dict[str, dict[str, Any]], pictures: dict[str, Path], prompts: Sequence[str]
+) -> str:
+    """Write table.md, pareto.png and grid.png; returns the table, and what could not be drawn.
+
+    pictures: each row's folder of images. Plots need matplotlib (the extra `eval`).
+    """
+    text = table(summary)
+    write_whole([out / "table.md"], text.encode(), overwrite=True)
+    grid(out / "grid.png", pictures, min(SHOWN, len(prompts)))
+    try:
+        import matplotlib
+    except ImportError:
+        return text + "no plots: matplotlib is not installed; pip install minireuse[eval]\n"
+    matplotlib.use("Agg")
+    if all("seconds_ratio" in row for row in summary.values()):
+        pareto(out / "pareto.png", summary)
+    return text
+
+
+def grid(path: Path, pictures: dict[str, Path], columns: int) -> None:
+    """The pictures of the first prompts, a row for each policy, in the order of the table."""
+    rows = []
+    for folder in pictures.values():
+        images = [np.array(Image.open(folder / f"{i:05d}.png")) for i in range(columns)]
+        rows.append(np.concatenate(images, axis=1))
+    Image.fromarray(np.concatenate(rows)).save(path)
+
+
+def pareto(path: Path, summary: dict[str, dict[str, Any]]) -> None:
+    """PSNR over time, with intervals; the plain sampler with fewer steps as a line."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    plain = {n: r for n, r in summary.items() if n.startswith("steps:")}
+    others = {n: r for n, r in summary.items() if n not in plain and n != "none"}
+    points = sorted((r["seconds_ratio"], r["psnr"]) for r in plain.values())
+    if points:
+        axes.plot(*zip(*points, strict=True), "o-", color="0.5", label="fewer steps")
+    for i, (name, row) in enumerate(others.items()):
+        low, high = row["psnr_interval"]
+        error = [[row["psnr"] - low], [high - row["psnr"]]]
+        axes.errorbar(row["seconds_ratio"], row["psnr"], error, fmt="osD^vP*X"[i % 8], color=f"C{i % 10}", label=name)
+    axes.set_xlabel("time of the sampling loop, as a fraction of the full sampler's")
+    axes.set_ylabel("PSNR to the full sampler's image, dB")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
