@@ -220,7 +220,7 @@ class Pipeline:
 
         if not torch.isfinite(x).all():
             raise ValueError(f"sampling in {self.dtype} gave NaN or inf; try dtype float32")
-        return Result(self._to_images(x), x, seconds, calls, cache.peak_nbytes)
+        return Result(self.to_images(x), x, seconds, calls, cache.peak_nbytes)
 
     def _start(
         self,
@@ -266,8 +266,11 @@ class Pipeline:
             raise ValueError("init_images leave -1 ... 1; scale them, as in image / 127.5 - 1")
         return height, width
 
-    def _to_images(self, latents: Tensor) -> np.ndarray:
-        """Decode one image at a time, so that memory does not grow with the batch."""
+    def to_images(self, latents: Tensor) -> np.ndarray:
+        """Decode latents, one image at a time, so that memory does not grow with the batch.
+
+        Shapes: (B, 4, h, w) -> (B, H, W, 3) uint8. Raises: ValueError for what is not finite.
+        """
         pixels = torch.cat([self.vae.decode(z[None].to(self.dtype)).float() for z in latents])
         if not torch.isfinite(pixels).all():
             raise ValueError(f"the VAE gave NaN or inf in {self.dtype}; try dtype float32 or bfloat16")

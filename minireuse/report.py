@@ -31,8 +31,9 @@ def summarise(results: dict[str, Any], against: str) -> dict[str, dict[str, Any]
         if None not in row["follows"]:
             made["follows"] = float(np.mean(row["follows"]))
         if row.get("seconds"):
-            made["cache_mib"] = row["cache_peak_bytes"] / 2**20
-            for key in ("seconds", "seconds_total", "seconds_explicit"):
+            if "cache_peak_bytes" in row:
+                made["cache_mib"] = row["cache_peak_bytes"] / 2**20
+            for key in {"seconds", "seconds_total", "seconds_explicit"} & row.keys():
                 # Each round by itself: what disturbs a machine for a while disturbs neighbours alike.
                 ratios = np.array(row[key]) / np.array(full[key])
                 made[key] = float(np.median(row[key]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import diffusers
@@ -67,3 +68,30 @@ def test_tgate_agrees_with_its_package(
     given = ours(pipeline, tgate(STEPS, pipeline.sites, gate=gate, every=every, warmup=warmup), latents)
     assert relative_error(given, expected) < 1e-3
     assert relative_error(given, plain) > 1e-2
+
+
+def test_one_table_for_the_packages_and_ours(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for package in ("DeepCache", "tgate", "tomesd"):
+        pytest.importorskip(package, reason="extra `peers` is not installed")
+    import compare_peers
+
+    (tmp_path / "prompts.txt").write_text("a red circle\na star\n")
+    argv = [
+        "--model",
+        str(model_folder),
+        "--prompts-file",
+        str(tmp_path / "prompts.txt"),
+        "--steps",
+        "6",
+        "--rounds",
+        "1",
+    ]
+    compare_peers.main([*argv, "--ours", "deepcache", "tgate", "steps:3", "--out", str(tmp_path / "out")])
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert min(rows["diffusers"]["psnr"]) > 60  # the same full sampler
+    assert all(len(row["psnr"]) == 2 and len(row["seconds"]) == 1 for row in rows.values())
+    for own, package in (("deepcache", "DeepCache, interval 2"), ("tgate", "T-GATE, gate 3")):
+        assert rows[own]["psnr"] == pytest.approx(
+            rows[package]["psnr"], abs=1
+        )  # the same plans: as far from the full one
+    assert "ToMe, ratio 0.5" in capsys.readouterr().out

@@ -1,0 +1,170 @@
+"""The published packages next to our plans, on one model: `python scripts/compare_peers.py --out runs/peers`.
+
+DeepCache, T-GATE and ToMe run through diffusers on the very same weights, prompts, seeds and initial latents, in one
+process, in turn with ours. Needs `pip install -e ".[peers,eval]"`. The table's reference is our full sampler, whose
+images diffusers' plain pipeline has to match (its row shows how well).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import minireuse
+from minireuse.evaluate import picture
+from minireuse.files import read_lines, shipped_model, write_whole
+from minireuse.metrics import fidelity, ssim
+from minireuse.policies import POLICIES, build, phast_for
+from minireuse.report import summarise, write_report
+from minireuse.reuse import ReuseCache, ReusePlan
+from minireuse.searched import plans_of
+
+OURS = (
+    "hurry",
+    "phast",
+    "phast:kind=deep",
+    "deepcache",
+    "deepcache:every=3",
+    "tgate",
+    "steps:15",
+    "steps:13",
+    "steps:10",
+)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """One way to sample: prompts and initial latents (B, 4, h, w) to final latents."""
+
+    sample: Callable[[Sequence[str], Tensor], Tensor]
+    plan: ReusePlan | None = None  # None for the packages, which have no plan to show
+    calls: int = 0
+
+
+def ours(pipe: minireuse.Pipeline, text: str, steps: int, model: Path | None) -> Runner:
+    if text.startswith("steps:"):
+        steps, text = int(text.removeprefix("steps:")), "none"
+    policies = POLICIES | {"phast": phast_for(plans_of(model), "ddim", pipe.fingerprint)}
+    plan = build(text, pipe.calls("ddim", steps), pipe.sites, policies=policies).on(pipe.sites)
+
+    def sample(prompts: Sequence[str], latents: Tensor) -> Tensor:
+        return pipe.generate(prompts, steps=steps, plan=plan, latents=latents, cache=ReuseCache()).latents
+
+    return Runner(sample, plan, plan.calls)
+
+
+def peers(folder: Path, steps: int, device: torch.device) -> dict[str, Runner]:
+    """The packages, each on a pipeline of its own, since they change what they are given."""
+    import tomesd
+    from DeepCache import DeepCacheSDHelper
+    from tgate import TgateSDLoader
+
+    def fresh() -> diffusers.StableDiffusionPipeline:
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def runner(call: Callable[..., Any], **settings: Any) -> Runner:
+        def sample(prompts: Sequence[str], latents: Tensor) -> Tensor:
+            options = {"num_inference_steps": steps, "latents": latents.to(device), "output_type": "latent"}
+            return call(list(prompts), **options, **settings).images
+
+        return Runner(sample, calls=steps)
+
+    made = {"diffusers": runner(fresh())}
+    for every in (2, 3, 5):
+        pipe = fresh()
+        helper = DeepCacheSDHelper(pipe=pipe)
+        helper.set_params(cache_interval=every, cache_branch_id=0)
+        helper.enable()
+        made[f"DeepCache, interval {every}"] = runner(pipe)
+    gated = TgateSDLoader(fresh())
+    settings = {"sp_interval": 5, "fi_interval": 1, "warm_up": 2}
+    made[f"T-GATE, gate {steps // 2}"] = runner(gated.tgate, gate_step=steps // 2, **settings)
+    for ratio in (0.25, 0.5):
+        pipe = fresh()
+        tomesd.apply_patch(pipe, ratio=ratio)
+        made[f"ToMe, ratio {ratio}"] = runner(pipe)
+    return made
+
+
+def timed(runners: dict[str, Runner], prompt: str, latents: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds of one image, text encoder included and VAE not, all in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    for i in tqdm(range(rounds + 1), desc="time"):
+        for name, runner in runners.items():
+            began = time.perf_counter()
+            runner.sample([prompt], latents).sum().item()  # waits for the device
+            if i:  # the first round warms up
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def noise(pipe: minireuse.Pipeline, seeds: Sequence[int]) -> Tensor:
+    """The initial latents of these seeds, as `Pipeline.generate` draws them."""
+    config = pipe.unet.config
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a diffusers folder; default: the shipped model")
+    parser.add_argument("--prompts-file", type=Path, help="default: the shipped evaluation prompts")
+    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ours", nargs="+", default=list(OURS), metavar="POLICY")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    args = parser.parse_args(argv)
+    if args.out.exists():
+        raise SystemExit(f"error: {args.out} exists; name a new folder, or remove it first")
+
+    pipe = minireuse.load(args.model, dtype="float32")
+    prompts = read_lines(args.prompts_file or shipped_model() / "prompts" / "evaluation.txt")[: args.prompts]
+    runners = {name: ours(pipe, name, args.steps, args.model) for name in dict.fromkeys(["none", *args.ours])}
+    runners |= peers(args.model or shipped_model(), args.steps, pipe.device)
+
+    rows: dict[str, dict[str, Any]] = {}
+    for name, runner in runners.items():
+        grid = None if runner.plan is None else runner.plan.grid
+        reused = "" if runner.plan is None else runner.plan.reused
+        rows[name] = {"plan": grid, "calls": runner.calls, "reused": reused, "psnr": [], "ssim": [], "follows": [None]}
+    for start in tqdm(range(0, len(prompts), args.batch_size), desc="render"):
+        batch = prompts[start : start + args.batch_size]
+        latents = noise(pipe, range(start, start + len(batch)))
+        reference = None
+        for name, runner in runners.items():  # ours without reuse is the first
+            images = pipe.to_images(runner.sample(batch, latents))
+            reference = images if reference is None else reference
+            rows[name]["psnr"] += fidelity(images, reference).tolist()
+            rows[name]["ssim"] += ssim(images, reference).tolist()
+            for i, image in enumerate(images):
+                path = picture(args.out, name, start + i)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(path)
+    for name, seconds in timed(runners, prompts[0], noise(pipe, [0]), args.rounds).items():
+        rows[name]["seconds"] = seconds
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
+    results = {"steps": args.steps, "prompts": prompts, "versions": versions, "rows": rows, "equal_latency": {}}
+    write_whole([args.out / "results.json"], json.dumps(results, indent=1).encode())
+    pictures = {name: picture(args.out, name, 0).parent for name in runners}
+    print(write_report(args.out, summarise(results, "none"), pictures, prompts))
+
+
+if __name__ == "__main__":
+    main()
