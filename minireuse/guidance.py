@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from minireuse.reuse import ReuseCache, ReusePlan
+from minireuse.reuse import ReuseCache, ReusePlan, Site
 from minireuse.schedule import Schedule
 from minireuse.unet import UNet
 
@@ -22,9 +22,11 @@ def guided_denoise(
     *,
     guidance_scale: float = 7.5,
     attention: str = "fused",
+    watch: frozenset[Site] = frozenset(),
 ) -> Callable[[Tensor, float, int], Tensor]:
     """`denoise(x, t, call) -> eps` with classifier-free guidance, following `plan`.
 
+    watch: sites whose tensors the cache is given at every call that computes them, reused later or not.
     The unconditional half comes first in the batch: the order is part of what a cached tensor means.
 
     Shapes: context (2B, M, D), unconditional first, or (B, M, D) at guidance scale 1 (off); x (B, 4, h, w).
@@ -32,7 +34,8 @@ def guided_denoise(
     """
     if guidance_scale == 1:
         plan = ReusePlan(plan.mask, plan.sites, (False,) * plan.calls)
-    steps = [replace(plan.step(call), explicit=attention == "explicit") for call in range(plan.calls)]
+    steps = [plan.step(call) for call in range(plan.calls)]
+    steps = [replace(s, explicit=attention == "explicit", store=s.store | (watch - s.reuse)) for s in steps]
     # The prompt does not change between calls, so its keys and values are computed here, once per batch layout.
     conditional = context if guidance_scale == 1 else context.chunk(2)[1]
     text = {guided: unet.text_kv(context if guided else conditional) for guided in {s.guided for s in steps}}

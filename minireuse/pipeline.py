@@ -6,7 +6,7 @@ import hashlib
 import math
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,6 +163,7 @@ class Pipeline:
         attention: str = "fused",
         on_step: Callable[[Step], object] | None = None,
         wrap: Callable[[Denoise], Denoise] | None = None,
+        watch: Iterable[Site] = (),
     ) -> Result:
         """Generate one batch of images: a prompt and a seed each, either of them given once for all.
 
@@ -170,6 +171,7 @@ class Pipeline:
         init_images: (B, 3, H, W) in -1 ... 1, taken `strength` of the way to noise and denoised from there.
         eta: noise added by ddim (0 none, 1 as much as DDPM); samplers that are stochastic by name always use 1.
         cache: where reused tensors are kept; None makes one in float16. attention: "explicit" writes every map out.
+        watch: sites whose tensors the cache is given at every call (`maps.MapRecorder` is such a cache).
         wrap: makes what the sampler is given out of the model's `denoise(x, t, call)`, to watch or replay it.
 
         Raises: ValueError with one sentence for an argument that does not fit; PlanError for a plan that does not.
@@ -202,6 +204,7 @@ class Pipeline:
             cache,
             guidance_scale=guidance_scale,
             attention=attention,
+            watch=frozenset(watch),
         )
         if wrap is not None:
             denoise = wrap(denoise)

@@ -25,8 +25,9 @@ from tqdm import tqdm
 from minireuse.command import exit_status
 from minireuse.config import PREDICTION_TYPES
 from minireuse.files import read_lines, write_whole
+from minireuse.maps import MapRecorder, words_of
 from minireuse.pipeline import ATTENTIONS, Pipeline, load
-from minireuse.policies import POLICIES, Policy, build, phast_for
+from minireuse.policies import POLICIES, Policy, build, phast_for, select
 from minireuse.reuse import KINDS, ReuseCache, ReusePlan
 from minireuse.samplers import SAMPLERS
 from minireuse.searched import plans_of
@@ -84,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--batch-size", type=int, default=4, metavar="N", help="images sampled together")
     out = p.add_argument_group("output")
     out.add_argument("--out", type=Path, metavar="PATH", help="file for one image, folder for several")
+    out.add_argument("--save-maps", type=Path, metavar="DIR", help="write every attention map as a picture, too")
     out.add_argument("--overwrite", action="store_true", help="replace files instead of taking the next free number")
     out.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     out.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
@@ -113,6 +115,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prompts, seeds = _prompts(args), _seeds(args)
     jobs = list(itertools.product(prompts, seeds))
     targets = _targets(args.out, len(jobs))
+    if args.save_maps is not None and args.save_maps.exists() and any(args.save_maps.iterdir()):
+        raise ValueError(f"--save-maps {args.save_maps} is not empty; name a new folder")
     written: list[Path] = []
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}, expected 1 or more")
@@ -142,7 +146,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     hidden = args.quiet or args.json
     with tqdm(total=steps, desc=plan.grid or "reuse by site", unit="step", disable=hidden, dynamic_ncols=True) as bar:
         for batch in batches:
-            cache = ReuseCache(getattr(torch, args.cache_dtype))
+            cache = _cache(args, pipeline, plan, [prompt for prompt, _ in batch], len(written))
             result = pipeline.generate(
                 [prompt for prompt, _ in batch],
                 negative_prompts=args.negative_prompt,
@@ -159,7 +163,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 cache=cache,
                 attention=args.attention,
                 on_step=lambda step: bar.update(),
+                wrap=cache.wrap if isinstance(cache, MapRecorder) else None,
+                watch=select(pipeline.sites, args.sites) if isinstance(cache, MapRecorder) else (),
             )
+            if isinstance(cache, MapRecorder):
+                cache.finish(result.images, (result.latents.shape[2], result.latents.shape[3]))
             seconds, peak = seconds + result.seconds, max(peak, result.cache_peak_bytes)
             for (prompt, seed), image in zip(batch, result.images, strict=True):
                 png = _png(image, _metadata(args, prompt, seed, plan, image))
@@ -185,6 +193,15 @@ def _phast(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Policy]:
     if "phast" not in args.policy:
         return {}
     return {"phast": phast_for(plans_of(args.model), args.sampler, pipeline.fingerprint)}
+
+
+def _cache(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, prompts: list[str], first: int) -> ReuseCache:
+    """What keeps the reused tensors of a batch; with --save-maps it writes all maps down as well."""
+    dtype = getattr(torch, args.cache_dtype)
+    if args.save_maps is None:
+        return ReuseCache(dtype)
+    words = [words_of(pipeline.text.pieces(prompt)) for prompt in prompts]
+    return MapRecorder(args.save_maps, plan.on(pipeline.sites), words, first=first, dtype=dtype)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

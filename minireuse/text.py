@@ -59,6 +59,12 @@ class TextEncoder(nn.Module):
             rows.append(ids + [pad] * (self.length - len(ids)))
         return torch.tensor(rows)
 
+    def pieces(self, prompt: str) -> list[str]:
+        """The prompt's tokens as text, as far as they are used, without those that begin and end it."""
+        if self.tokenizer is None:
+            raise ValueError("this model came without a tokenizer; pass tokenizer= (a folder or a hub name)")
+        return list(self.tokenizer.tokenize(prompt))[: self.length - 2]
+
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """The context of each prompt. Shapes: -> (len(prompts), M, D)."""
         ids = self.tokenize(prompts).to(next(self.parameters()).device)

@@ -16,7 +16,7 @@ TIERS = (
     ("unet", "vae", "text", "ldm"),
     ("guidance", "checkpoint", "metrics"),
     ("pipeline",),
-    ("render", "costs"),
+    ("render", "costs", "maps"),
     ("report",),
     ("sample", "search", "evaluate"),
 )
