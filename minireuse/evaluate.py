@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from minireuse.command import exit_status
+from minireuse.distribution import EXTRACTORS, score_all
 from minireuse.files import read_lines, shipped_model, write_whole
 from minireuse.journal import Journal
 from minireuse.metrics import fidelity, ssim
@@ -67,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=int, default=7, help="timed runs of each policy, in turn; 0 is none")
     p.add_argument("--equal-latency", action="store_true", help="add the plain sampler of equal time for each policy")
     p.add_argument("--against", default=FULL, metavar="POLICY", help="print paired differences to this row too")
+    p.add_argument("--fid", choices=EXTRACTORS, help="Fréchet distance to the full sampler's images, in these features")
+    p.add_argument("--clip-score", metavar="MODEL", help="a CLIP model on the hub, or a folder")
     p.add_argument(
         "--check", type=Path, metavar="FILE.py", help="scores prompt-following; default: ours, for our model"
     )
@@ -114,6 +117,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     rendered = [row for row in rows if row.name in {*twins.values(), FULL, *args.policies}]
     scores = judge(args, pipeline, rendered, prompts, follow, journal, ranks)
     if ranks.first:
+        pictures = {row.name: picture(args.out, row.name, 0).parent for row in rendered}
+        sets, notes = score_all(pictures, prompts, pipeline.vae, args.fid, args.clip_score)
         results = {
             "settings": settings,
             "command": args.command,
@@ -124,6 +129,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
                     "calls": row.plan.calls,
                     "reused": row.plan.reused,
                     **scores[row.name],
+                    **sets[row.name],
                     **timings.get(row.name, {}),
                 }
                 for row in rendered
@@ -131,8 +137,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
             "equal_latency": twins,
         }
         write_whole([args.out / "results.json"], json.dumps(results, indent=1).encode())
-        pictures = {row.name: picture(args.out, row.name, 0).parent for row in rendered}
-        print(write_report(args.out, summarise(results, args.against), pictures, prompts))
+        text = write_report(args.out, summarise(results, args.against), pictures, prompts)
+        print(text, *notes, sep="\n")
 
 
 def make_rows(args: argparse.Namespace, pipeline: Pipeline) -> list[Row]:

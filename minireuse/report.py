@@ -30,6 +30,7 @@ def summarise(results: dict[str, Any], against: str) -> dict[str, dict[str, Any]
         }
         if None not in row["follows"]:
             made["follows"] = float(np.mean(row["follows"]))
+        made |= {key: row[key] for key in ("fid", "clip") if key in row}
         if row.get("seconds"):
             if "cache_peak_bytes" in row:
                 made["cache_mib"] = row["cache_peak_bytes"] / 2**20
@@ -54,6 +55,8 @@ def table(summary: dict[str, dict[str, Any]]) -> str:
         "PSNR, dB [95 %]": lambda r: _with_interval(r["psnr"], r["psnr_interval"]),
         "SSIM": lambda r: f"{r['ssim']:.4f}",
         "prompt followed": lambda r: f"{r['follows']:.3f}",
+        "Fréchet distance": lambda r: f"{r['fid']:.3f}",
+        "CLIP score": lambda r: f"{r['clip']:.2f}",
         "U-Net time": lambda r: _with_interval(r["seconds_ratio"], r["seconds_spread"], 2),
         "whole time": lambda r: f"{r['seconds_total_ratio']:.2f}",
         "time, explicit maps": lambda r: f"{r['seconds_explicit_ratio']:.2f}",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from skimage.metrics import structural_similarity
 
@@ -164,6 +165,31 @@ def test_interval_covers_the_mean_as_often_as_it_says() -> None:
     covered = [low <= 1 <= high for low, high in (interval(sample, draws=500) for sample in samples)]
     assert 0.87 <= np.mean(covered) <= 0.98
     assert interval([2.0, 2.0]) == (2.0, 2.0)
+
+
+def test_frechet_distance_against_the_formula(
+    argv: list[str], tmp_path: Path, pipeline: minireuse.Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    more = ["--rounds", "0", "--fid", "vae", "--clip-score", str(tmp_path / "no-such-model")]
+    assert evaluate.main([*argv, *more, "--out", str(out)]) == 0
+    assert "clip could not be computed" in capsys.readouterr().out  # and the rest went on
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert rows["none"]["fid"] == pytest.approx(0, abs=1e-6)
+
+    def moments(name: str) -> tuple[np.ndarray, np.ndarray]:
+        images = [np.array(Image.open(evaluate.picture(out, name, i))) for i in range(3)]
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.no_grad():
+            latents = pipeline.vae.encode(pixels)
+        features = latents.unflatten(3, (4, -1)).unflatten(2, (4, -1)).mean(dim=(3, 5)).flatten(1).double().numpy()
+        return features.mean(axis=0), np.cov(features.T)
+
+    (a, cov_a), (b, cov_b) = moments("none"), moments("deepcache")
+    trace_root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum()
+    expected = ((a - b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * trace_root
+    assert rows["deepcache"]["fid"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert "Fréchet distance" in (out / "table.md").read_text()
 
 
 def test_ratios_are_taken_round_by_round() -> None:

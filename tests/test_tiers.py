@@ -16,7 +16,7 @@ TIERS = (
     ("unet", "vae", "text", "ldm"),
     ("guidance", "checkpoint", "metrics"),
     ("pipeline",),
-    ("render", "costs", "maps"),
+    ("render", "costs", "maps", "distribution"),
     ("report",),
     ("sample", "search", "evaluate"),
 )

@@ -1,0 +1,96 @@
+"""Scores of whole sets of images, by torchmetrics (extra `eval`): Fréchet distance and CLIP score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from minireuse.vae import VAE
+
+EXTRACTORS = ("vae", "inception")
+
+
+class VAEFeatures(nn.Module):
+    """The VAE's latents averaged over a grid of 4x4 places: features that need no download."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae = vae
+        self.num_features = 16 * vae.config.latent_channels
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Shapes: (B, 3, H, W) uint8 -> (B, num_features)."""
+        weight = self.vae.quant_conv.weight
+        latents = self.vae.encode(images.to(weight).div(127.5).sub(1))
+        return F.adaptive_avg_pool2d(latents, 4).flatten(1).float()
+
+
+def frechet(folder: Path, reference: Path, count: int, extractor: str, vae: VAE) -> float:
+    """Fréchet distance between the first `count` images of two folders, in the features of `extractor`.
+
+    Raises: ImportError without torchmetrics; whatever fails where Inception's weights cannot be had.
+    Source: Heusel et al., arXiv 1706.08500, equation 6.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    features = VAEFeatures(vae) if extractor == "vae" else 2048
+    metric = FrechetInceptionDistance(feature=features).set_dtype(torch.float64).to(vae.quant_conv.weight.device)
+    for images, real in ((reference, True), (folder, False)):
+        for i in range(count):
+            metric.update(_read(images, i).to(metric.device), real=real)
+    return float(metric.compute())
+
+
+def clip_score(folder: Path, prompts: Sequence[str], model: str) -> float:
+    """Mean CLIP score of images and their prompts, 0 to 100. model: a name on the hub, or a folder.
+
+    Source: Hessel et al., arXiv 2104.08718.
+    """
+    from torchmetrics.multimodal.clip_score import CLIPScore
+
+    metric = CLIPScore(model_name_or_path=model)
+    for i, prompt in enumerate(prompts):
+        metric.update(_read(folder, i), [prompt])
+    return float(metric.compute())
+
+
+def score_all(
+    folders: dict[str, Path], prompts: Sequence[str], vae: VAE, fid: str | None, clip: str | None
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """The scores asked for of each row, and for each that could not be had a sentence that says why.
+
+    folders: of each row's pictures, the full sampler's first.
+    """
+    reference = next(iter(folders.values()))
+    wanted: dict[str, Callable[[Path], float]] = {}
+    if fid is not None:
+        wanted["fid"] = lambda folder: frechet(folder, reference, len(prompts), fid, vae)
+    if clip is not None:
+        wanted["clip"] = lambda folder: clip_score(folder, prompts, clip)
+    scores: dict[str, dict[str, float]] = {name: {} for name in folders}
+    notes = []
+    for metric, compute in wanted.items():
+        values, note = _attempt(compute, folders)
+        notes += [f"{metric} could not be computed: {note}"] if note else []
+        for name, value in values.items():
+            scores[name][metric] = value
+    return scores, notes
+
+
+def _attempt(compute: Callable[[Path], float], folders: dict[str, Path]) -> tuple[dict[str, float], str | None]:
+    """All values, or none and why: a library has reasons of its own, and other figures do not depend on them."""
+    try:
+        return {name: compute(folder) for name, folder in folders.items()}, None
+    except Exception as error:
+        return {}, (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _read(folder: Path, index: int) -> Tensor:
+    """Shapes: -> (1, 3, H, W) uint8."""
+    return torch.from_numpy(np.array(Image.open(folder / f"{index:05d}.png"))).permute(2, 0, 1)[None]
