@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,14 @@ def step_wise(
     *,
     latency: Callable[[ReusePlan], float],
     budget: float,
+    more: Callable[[], bool] = lambda: True,
+    ranks: Ranks = ALONE,
     **options: Any,
 ) -> SearchResult:
     """The best step-wise plan of at most `budget` latency, for the smallest number of reuse calls that can meet it and
     a few more: storing costs time, so a plan that reuses more may store more often.
 
-    latency: of a plan, as a fraction of the full sampler's. options: `phast.search`'s.
+    latency: of a plan, as a fraction of the full sampler's. The others are `phast.search`'s.
     Raises: PlanError where even reusing in every call but the first is too slow.
     """
     sites = tuple(sites)
@@ -45,13 +48,15 @@ def step_wise(
         raise PlanError(
             f"no plan over these sites takes {budget} of the full sampler's time; the fastest {fastest:.3f}"
         )
-    results = []
+    results: list[SearchResult] = []
     for start in fitting[:COUNTS]:
-        found = search(render, start, sites, k=start.reused, allowed=lambda plan: latency(plan) <= budget, **options)
-        results.append(found)
-        if not found.finished:
+        if results and not (results[-1].finished and all(ranks.gather(more()))):
             break
-    return max(results, key=lambda result: result.score)
+        allowed = lambda plan: latency(plan) <= budget  # noqa: E731
+        k = start.reused
+        results.append(search(render, start, sites, k=k, allowed=allowed, more=more, ranks=ranks, **options))
+    finished = len(results) == len(fitting[:COUNTS]) and all(result.finished for result in results)
+    return replace(max(results, key=lambda result: result.score), finished=finished)
 
 
 def groups_of(sites: Iterable[Site], levels: int) -> dict[str, tuple[Site, ...]]:
@@ -116,7 +121,7 @@ def layerwise(
 
 
 def sensitivity(tries: Tries, calls: int, groups: int) -> np.ndarray:
-    """Mean squared error (pixels 0 to 255) of one group reusing in one call.
+    """Squared error (pixels 0 to 255) of one group reusing in one call, as the mean PSNR over prompts tells it.
 
     Shapes: -> (calls, groups), infinite in call 0. Raises: PlanError where the search budget ends before.
     """

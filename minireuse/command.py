@@ -5,16 +5,26 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 
 def exit_status(work: Callable[[], object], interrupted: str = "interrupted") -> int:
     """Do the work of a command. Returns 0, 2 for bad input (one sentence on stderr), 130 when interrupted.
 
-    Warnings of this package become notes on stderr.
+    Warnings given to this package's own code become notes on stderr, each once.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
+        warnings.simplefilter("default", UserWarning)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], filename: str, *place: Any, **more: Any) -> None:
+            if Path(filename).parent == Path(__file__).parent:
+                print(f"note: {message}", file=sys.stderr)
+            else:
+                others(message, category, filename, *place, **more)
+
+        warnings.showwarning = show
         try:
             work()
         except (ValueError, OSError) as error:

@@ -18,7 +18,8 @@ from minireuse.reuse import PLAIN, ReuseCache, ReusePlan, Site, StepPlan
 class Costs:
     """Seconds of a plain guided call, and how many storing or reusing adds, by group of sites; negative is saved.
 
-    What groups add in one call is taken to sum up.
+    What groups add in one call is taken to sum up, and a group of which only some sites store or reuse, since a deep
+    feature skips the others, to add its share of sites.
     """
 
     plain: float
@@ -27,12 +28,13 @@ class Costs:
     reuse: tuple[float, ...]
 
     def latency(self, plan: ReusePlan) -> float:
-        """What the plan's calls cost, as a fraction of the full sampler's. All of them have to be guided."""
+        """An estimate of the plan's time as a fraction of the full sampler's. All calls have to be guided."""
         seconds = plan.calls * self.plain
         for call in range(plan.calls):
             step = plan.step(call)
             for group, store, reuse in zip(self.groups, self.store, self.reuse, strict=True):
-                seconds += store * (not step.store.isdisjoint(group)) + reuse * (not step.reuse.isdisjoint(group))
+                stored, reused = (len(sites.intersection(group)) / len(group) for sites in (step.store, step.reuse))
+                seconds += store * stored + reuse * reused
         return seconds / (plan.calls * self.plain)
 
     def to_json(self) -> dict[str, Any]:
@@ -51,9 +53,7 @@ class Costs:
             groups = tuple(tuple(own[kind, address] for kind, address in group) for group in data["groups"])
             return cls(float(data["plain"]), groups, tuple(map(float, data["store"])), tuple(map(float, data["reuse"])))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"the costs do not fit this model ({error}); remove their file, they are measured again"
-            ) from None
+            raise ValueError(f"the costs do not fit this model ({error}); remove the journal that holds them") from None
 
 
 @torch.no_grad()
@@ -94,3 +94,18 @@ def measure(
             plain, added = [], [[] for _ in added]
     medians = [statistics.median(values) for values in added]
     return Costs(statistics.median(plain), tuple(map(tuple, groups)), tuple(medians[::2]), tuple(medians[1::2]))
+
+
+def measured_latency(
+    pipeline: Pipeline, plan: ReusePlan, *, sampler: str, steps: int, guidance_scale: float, rounds: int = 5
+) -> float:
+    """The plan's time as a fraction of the full sampler's, for one image, in turn: the median of the ratios."""
+    ratios = []
+    for i in range(rounds + 1):
+        full, ours = (
+            pipeline.generate("", steps=steps, sampler=sampler, guidance_scale=guidance_scale, plan=p).seconds
+            for p in (None, plan)
+        )
+        if i:  # the first round warms up
+            ratios.append(ours / full)
+    return statistics.median(ratios)

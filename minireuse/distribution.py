@@ -1,7 +1,10 @@
-"""Scores of whole sets of images, by torchmetrics (extra `eval`): Fréchet distance and CLIP score."""
+"""Scores without a reference image: prompt-following; of whole sets, Fréchet distance and CLIP score (torchmetrics)."""
 
 from __future__ import annotations
 
+import copy
+import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,9 +14,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from minireuse.files import shipped_model
 from minireuse.vae import VAE
 
 EXTRACTORS = ("vae", "inception")
+Follow = Callable[[Sequence[np.ndarray], Sequence[str]], list[float | None]]  # images, prompts -> shares of 1
 
 
 class VAEFeatures(nn.Module):
@@ -21,7 +26,7 @@ class VAEFeatures(nn.Module):
 
     def __init__(self, vae: VAE) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae = copy.deepcopy(vae)  # the metric turns what it is given to double precision
         self.num_features = 16 * vae.config.latent_channels
 
     def forward(self, images: Tensor) -> Tensor:
@@ -81,6 +86,30 @@ def score_all(
         for name, value in values.items():
             scores[name][metric] = value
     return scores, notes
+
+
+def prompt_check(path: Path | None, shipped: bool) -> Follow | None:
+    """`follow` of the file given, or of the repository's verifier for the shipped model in a checkout."""
+    if path is None:
+        ours = shipped_model().parent / "scripts" / "verify.py"
+        path = ours if shipped and ours.is_file() else None
+    if path is None:
+        return None
+    spec = importlib.util.spec_from_file_location("minireuse_prompt_check", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ValueError(f"--check {path} is not a Python file; name one with a function follow(images, prompts)")
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    sys.path.insert(0, str(path.parent))  # for what lies beside it
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = before
+    follow: Follow | None = getattr(module, "follow", None)
+    if follow is None:
+        raise ValueError(f"--check {path} has no function follow(images, prompts)")
+    return follow
 
 
 def _attempt(compute: Callable[[Path], float], folders: dict[str, Path]) -> tuple[dict[str, float], str | None]:

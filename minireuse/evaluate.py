@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import hashlib
 import itertools
 import json
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,23 +22,21 @@ from PIL import Image
 from tqdm import tqdm
 
 from minireuse.command import exit_status
-from minireuse.distribution import EXTRACTORS, score_all
+from minireuse.distribution import EXTRACTORS, Follow, prompt_check, score_all
 from minireuse.files import read_lines, shipped_model, write_whole
 from minireuse.journal import Journal
 from minireuse.metrics import fidelity, ssim
 from minireuse.pipeline import Pipeline, load
-from minireuse.policies import POLICIES, RELATIVES, build, phast_for
+from minireuse.policies import POLICIES, build, phast_for, takes_count
 from minireuse.ranks import Ranks, started
 from minireuse.render import Renderer
-from minireuse.report import summarise, write_report
+from minireuse.report import FULL, summarise, write_report
 from minireuse.reuse import ReuseCache, ReusePlan
 from minireuse.samplers import SAMPLERS
 from minireuse.searched import plans_of
 
 DEFAULT = ("hurry", "phast", "phast:kind=out", "phast:kind=deep", "interval", "deepcache", "tgate", "pab")
-FEWER = ("steps:15", "steps:13", "steps:10")
-FULL = "none"  # the row that all others are compared with
-Follow = Callable[[Sequence[np.ndarray], Sequence[str]], list[float | None]]
+FEWER = (0.75, 0.65, 0.5)  # of the steps, for the plain sampler
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ class Row:
     name: str
     steps: int
     plan: ReusePlan
+    note: str = ""  # what the policy had to say: that it took another plan than asked for
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,14 +56,14 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     names = "names with knobs, plan files, joined by |, and steps:N for the plain sampler with fewer steps"
-    p.add_argument("--policies", nargs="+", default=[*DEFAULT, *FEWER], metavar="POLICY", help=names)
+    p.add_argument("--policies", nargs="+", metavar="POLICY", help=names)
     p.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--reuse", type=int, metavar="K", help="calls that reuse, where a policy is not told; default: half")
     p.add_argument("--guidance-scale", type=float, default=7.5)
     p.add_argument("--prompts-file", type=Path, help="one per line; default: the shipped model's evaluation prompts")
     p.add_argument("--prompts", type=int, default=40, metavar="N", help="how many of them; prompt i takes seed i")
-    p.add_argument("--seed", type=int, default=0, help="seed of the first prompt")
+    p.add_argument("--seed", type=int, default=1000, help="seed of the first prompt; searches use those from 0")
     p.add_argument("--batch-size", type=int, default=4, metavar="N", help="prompts rendered together")
     p.add_argument("--rounds", type=int, default=7, help="timed runs of each policy, in turn; 0 is none")
     p.add_argument("--equal-latency", action="store_true", help="add the plain sampler of equal time for each policy")
@@ -99,15 +99,20 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     for name in ("prompts", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 1 or more")
-    if (args.out / "results.json").exists():
-        raise ValueError(f"{args.out} holds results already; remove them, or name another folder")
+    if args.equal_latency and args.rounds < 1:
+        raise ValueError("--equal-latency needs times; give --rounds 1 or more")
+    begun = (args.out / "journal.jsonl").exists()
+    if (args.out / "results.json").exists() or (not begun and args.out.is_dir() and any(args.out.iterdir())):
+        raise ValueError(f"{args.out} holds results or other files already; remove them, or name another folder")
+    if args.policies is None:
+        args.policies = [*DEFAULT, *dict.fromkeys(f"steps:{max(1, round(args.steps * f))}" for f in FEWER)]
     prompts = read_prompts(args)
-    follow = prompt_check(args)
+    follow = prompt_check(args.check, shipped=args.model is None)
     pipeline = load(args.model, device=ranks.device(args.device), dtype=args.dtype, tokenizer=args.tokenizer)
     rows = make_rows(args, pipeline)
     if args.against not in {row.name for row in rows}:
         raise ValueError(f"--against is {args.against!r}, expected one of {', '.join(row.name for row in rows)}")
-    settings = describe(args, pipeline, prompts)
+    settings = describe(args, pipeline, prompts, rows)
     args.out.mkdir(parents=True, exist_ok=True)
     journal = Journal(args.out / "journal.jsonl", settings) if ranks.first else Journal()
 
@@ -122,7 +127,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         results = {
             "settings": settings,
             "command": args.command,
-            "versions": f"torch {torch.__version__}, python {platform.python_version()}, {pipeline.device}",
+            "versions": f"torch {torch.__version__}, python {platform.python_version()}, "
+            f"{pipeline.device}, {torch.get_num_threads()} threads",
             "rows": {
                 row.name: {
                     "plan": row.plan.grid,
@@ -130,14 +136,15 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
                     "reused": row.plan.reused,
                     **scores[row.name],
                     **sets[row.name],
+                    "note": row.note,
                     **timings.get(row.name, {}),
                 }
                 for row in rendered
             },
             "equal_latency": twins,
         }
-        write_whole([args.out / "results.json"], json.dumps(results, indent=1).encode())
         text = write_report(args.out, summarise(results, args.against), pictures, prompts)
+        write_whole([args.out / "results.json"], json.dumps(results, indent=1).encode())  # last: it marks the end
         print(text, *notes, sep="\n")
 
 
@@ -156,10 +163,12 @@ def make_rows(args: argparse.Namespace, pipeline: Pipeline) -> list[Row]:
                 raise ValueError(f"{text!r} is not a number of steps, such as steps:13")
             rows[text] = Row(text, int(number), ReusePlan.nothing(pipeline.calls(args.sampler, int(number))))
         else:
-            k = None if RELATIVES.keys() & {t.strip().partition(":")[0] for t in text.split("|")} else args.reuse
-            plan = build(text, calls, pipeline.sites, k=k, policies=policies).on(pipeline.sites)
+            k = args.reuse if takes_count(text, policies) else None
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                plan = build(text, calls, pipeline.sites, k=k, policies=policies).on(pipeline.sites)
             plan.check_calls(calls, args.sampler)
-            rows[text] = Row(text, args.steps, plan)
+            rows[text] = Row(text, args.steps, plan, "; ".join(str(w.message) for w in said))
     return list(rows.values())
 
 
@@ -293,32 +302,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts[: args.prompts]
 
 
-def prompt_check(args: argparse.Namespace) -> Follow | None:
-    """`follow` of the file given, or of the repository's verifier for the shipped model in a checkout."""
-    path = args.check
-    if path is None:
-        ours = shipped_model().parent / "scripts" / "verify.py"
-        path = ours if args.model is None and ours.is_file() else None
-    if path is None:
-        return None
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise ValueError(f"--check {path} is not a Python file; name one with a function follow(images, prompts)")
-    module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    sys.path.insert(0, str(path.parent))  # for what lies beside it
-    sys.modules[path.stem] = module
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path[:] = before
-    follow: Follow | None = getattr(module, "follow", None)
-    if follow is None:
-        raise ValueError(f"--check {path} has no function follow(images, prompts)")
-    return follow
-
-
-def describe(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str]) -> dict[str, Any]:
+def describe(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], rows: Sequence[Row]) -> dict[str, Any]:
     """What the figures depend on: a journal must agree with it to be resumed."""
     return {
         "model": pipeline.fingerprint,
@@ -326,8 +310,8 @@ def describe(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str]) -
         "steps": args.steps,
         "spacing": pipeline.schedule.spacing,
         "guidance_scale": args.guidance_scale,
-        "policies": args.policies,
-        "reuse": args.reuse,
+        "policies": {r.name: hashlib.sha256(r.plan.to_json().encode()).hexdigest()[:12] for r in rows},
+        "check": str(args.check),
         "equal_latency": args.equal_latency,
         "prompts": prompts,
         "first_seed": args.seed,

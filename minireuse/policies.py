@@ -176,9 +176,16 @@ def build(
     Raises: PlanError for an unknown name or knob, or what the policy itself refuses; OSError for an unreadable file.
     """
     sites = tuple(sites)
-    return reduce(
-        operator.or_, (_term(t.strip(), calls, sites, k, which, kind, policies) for t in expression.split("|"))
-    )
+    terms = [term.strip() for term in expression.split("|")]
+    if k is not None and not takes_count(expression, policies):
+        raise PlanError(f"{expression} takes no number of reuse calls; see the knobs of policies in the README")
+    return reduce(operator.or_, (_term(term, calls, sites, k, which, kind, policies) for term in terms))
+
+
+def takes_count(expression: str, policies: Mapping[str, Policy] = POLICIES) -> bool:
+    """Whether a policy in the expression lets the number of reuse calls be chosen."""
+    chosen = (policies.get(term.strip().partition(":")[0]) for term in expression.split("|"))
+    return any("k" in inspect.signature(policy).parameters for policy in chosen if policy is not None)
 
 
 def _term(
@@ -198,8 +205,6 @@ def _term(
         return ReusePlan.from_json(Path(term).read_text(encoding="utf-8"))
     policy = policies[name]
     accepted = [p for p in inspect.signature(policy).parameters if p not in ("calls", "sites")]
-    if k is not None and name in RELATIVES:
-        raise PlanError(f"policy {name} takes no number of reuse calls; it has the knobs {', '.join(accepted)}")
     knobs: dict[str, float | None] = {"k": k} if "k" in accepted else {}
     for setting in filter(None, settings.split(",")):
         knob, _, value = setting.partition("=")

@@ -52,6 +52,7 @@ class Renderer:
     tensors are still to be read, and goes on from there. Same operations on same inputs: the images are those of
     `Pipeline.generate`, to the last bit.
 
+    memory: bytes of answers to keep; those not used for longest are dropped and computed again if needed.
     calls: U-Net calls made so far. naive_calls: what rendering each plan from noise would have made.
     """
 
@@ -65,13 +66,16 @@ class Renderer:
         steps: int = 20,
         guidance_scale: float = 7.5,
         cache_dtype: torch.dtype = torch.float16,
+        memory: int = 2**29,
     ) -> None:
         self.pipeline, self.prompts, self.seeds = pipeline, list(prompts), list(seeds)
         self.sampler, self.steps, self.guidance_scale = sampler, steps, guidance_scale
         self.cache_dtype = cache_dtype
+        self.memory = memory
         self.calls = 0
         self.naive_calls = 0
         self._root = Node()
+        self._used: dict[int, Node] = {}  # nodes with an answer, in the order of their last use
 
     def __call__(self, plan: ReusePlan) -> np.ndarray:
         """Shapes: -> (B, H, W, 3) uint8."""
@@ -82,11 +86,10 @@ class Renderer:
         def memory(denoise: Denoise) -> Denoise:
             def remember(x: Tensor, t: float, call: int) -> Tensor:
                 kept = path[call].eps
-                if kept is not None and call not in again:
+                if kept is not None and call < first and call not in again:
                     return kept
                 self.calls += 1
-                eps = denoise(x, t, call)
-                path[call].eps = eps
+                path[call].eps = eps = denoise(x, t, call)
                 return eps
 
             return remember
@@ -102,7 +105,17 @@ class Renderer:
             wrap=memory,
         )
         self.naive_calls += plan.calls
+        self._forget(path)
         return result.images
+
+    def _forget(self, path: list[Node]) -> None:
+        """Drop the answers that were not used for longest, beyond the memory allowed; never those of this path."""
+        for node in path:
+            self._used.pop(id(node), None)
+            self._used[id(node)] = node
+        size = sum(n.eps.numel() * n.eps.element_size() for n in path if n.eps is not None) // len(path)
+        for key in list(self._used)[: max(0, len(self._used) - max(len(path), self.memory // max(size, 1)))]:
+            self._used.pop(key).eps = None
 
     def _follow(self, plan: ReusePlan) -> tuple[list[Node], int]:
         """The plan's nodes, and the first call that no plan before has made in the same way."""

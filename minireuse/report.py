@@ -12,16 +12,18 @@ from PIL import Image
 from minireuse.files import write_whole
 from minireuse.metrics import interval
 
+FULL = "none"  # the row of the full sampler, which all others are compared with
 SHOWN = 8  # prompts in the grid of pictures
 
 
 def summarise(results: dict[str, Any], against: str) -> dict[str, dict[str, Any]]:
     """Means, intervals and ratios of each row, from what `results.json` holds."""
-    rows, full = results["rows"], results["rows"]["none"]
+    rows, full = results["rows"], results["rows"][FULL]
     summary = {}
     for name, row in rows.items():
         made: dict[str, Any] = {
             "plan": row["plan"],
+            "note": row.get("note", ""),
             "calls": row["calls"],
             "reused": row["reused"],
             "psnr": float(np.mean(row["psnr"])),
@@ -41,7 +43,9 @@ def summarise(results: dict[str, Any], against: str) -> dict[str, dict[str, Any]
                 made[f"{key}_ratio"] = float(np.median(ratios))
                 made[f"{key}_spread"] = [float(q) for q in np.percentile(ratios, [25, 75])]
         for label, other in (("twin", results["equal_latency"].get(name)), ("against", against)):
-            if other in rows and other != name:
+            if other == FULL:  # the reference: nothing is closer to it than itself
+                made |= {label: None} if label == "twin" else {}
+            elif other in rows and other != name:
                 gain = np.subtract(row["psnr"], rows[other]["psnr"])
                 made[label] = {"row": other, "gain": float(gain.mean()), "interval": interval(gain)}
         summary[name] = made
@@ -71,7 +75,8 @@ def table(summary: dict[str, dict[str, Any]]) -> str:
     used = [i for i in range(len(columns) + 1) if any(line[i] for line in lines)]
     head = ["", *columns]
     drawn = [[head[i] for i in used], ["---"] * len(used), *([line[i] for i in used] for line in lines)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in drawn) + "\n"
+    notes = [f"`{name}`: {row['note']}" for name, row in summary.items() if row["note"]]
+    return "\n".join(["| " + " | ".join(cells) + " |" for cells in drawn] + ["", *notes]) + "\n"
 
 
 def _cell(write: Callable[[dict[str, Any]], str], row: dict[str, Any]) -> str:
@@ -87,7 +92,9 @@ def _with_interval(value: float, ends: Sequence[float], digits: int = 1) -> str:
     return f"{value:.{digits}f} [{low}, {high}]"
 
 
-def _gain(difference: dict[str, Any]) -> str:
+def _gain(difference: dict[str, Any] | None) -> str:
+    if difference is None:
+        return "not faster than the full sampler"
     low, high = difference["interval"]
     return f"{difference['gain']:+.1f} [{low:+.1f}, {high:+.1f}] on `{difference['row']}`"
 

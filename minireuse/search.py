@@ -22,7 +22,7 @@ from tqdm import tqdm
 from minireuse import phast
 from minireuse.budget import groups_of, layerwise, step_wise
 from minireuse.command import exit_status
-from minireuse.costs import Costs, measure
+from minireuse.costs import Costs, measure, measured_latency
 from minireuse.files import read_lines, shipped_model, write_whole
 from minireuse.journal import Journal
 from minireuse.metrics import fidelity
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="seed of the first prompt")
     p.add_argument("--check", type=int, default=8, metavar="N", help="further prompts, for scoring the plan found")
     p.add_argument("--first", action="store_true", help="take the first move that improves, not the best of all")
-    p.add_argument("--budget", metavar="N|Nmin", help="stop after so many U-Net calls, or minutes")
+    p.add_argument("--budget", metavar="N|Nmin", help="stop after so many U-Net calls of this run, or minutes")
     p.add_argument("--model", type=Path, metavar="PATH")
     p.add_argument("--tokenizer", metavar="PATH|NAME")
     p.add_argument("--device", default="auto")
@@ -81,17 +81,23 @@ def main(argv: list[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """One plan to search and where to write it."""
+    """One plan to search: with k reuse calls, or, where k is None, within a latency."""
 
     out: Path
-    search: Callable[..., phast.SearchResult]  # given a renderer and the options of `phast.search`
-    rivals: dict[str, ReusePlan]  # scored beside it on prompts that no search has seen
+    groups: Sequence[Sequence[Site]]  # of sites that reuse together
+    k: int | None
     about: dict[str, Any]  # what the answer depends on, beside what holds for all jobs
-    costs: Costs | None = None
 
     @property
     def journal(self) -> Path:
         return self.out.with_suffix(".journal.jsonl")
+
+    def finished(self, settings: dict[str, Any]) -> bool:
+        """Whether the plan file holds the end of this very search."""
+        if not self.out.exists():
+            return False
+        about = json.loads(self.out.read_text(encoding="utf-8")).get("about", {})
+        return about.get("finished") is True and about.items() >= json.loads(json.dumps(settings)).items()
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
@@ -106,7 +112,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         raise ValueError("--budget-latency chooses how many calls reuse; give it or --reuse, not both")
     prompts = read_prompts(args.prompts_file, args.model, args.prompts + args.check)
     pipeline = load(args.model, device=ranks.device(args.device), dtype=args.dtype, tokenizer=args.tokenizer)
-    jobs = make_jobs(args, pipeline, ranks)
+    jobs = make_jobs(args, pipeline)
     for job in jobs:
         if job.out.exists() and not job.journal.exists():
             raise ValueError(f"{job.out} exists; remove it, or give another --out")
@@ -118,13 +124,20 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     common = describe(args, pipeline, calibration)
 
     def left() -> bool:  # other processes make about as many calls as this one
-        return more(render.calls * ranks.size, time.monotonic() - began)
+        return bool(more(render.calls * ranks.size, time.monotonic() - began))
 
     for job in jobs:
+        settings = common | job.about
+        if ranks.gather(job.finished(settings))[0]:
+            if ranks.first:
+                print(f"{job.out} holds the plan of this search already")
+            continue
         if not all(ranks.gather(left())):
             raise ValueError(f"--budget {args.budget} was spent before {job.out} was begun; give a larger one")
         job.out.parent.mkdir(parents=True, exist_ok=True)
-        settings = common | job.about
+        journal = Journal(job.journal, settings) if ranks.first else Journal()
+        costs = None if job.k is not None else known_costs(journal, pipeline, job.groups, ranks)
+        find, rivals = approach(args, job, costs, pipeline.calls(args.sampler, args.steps))
         before = render.calls, render.naive_calls
         with tqdm(desc=job.out.stem, unit="plan", disable=args.quiet or not ranks.first) as bar:
 
@@ -132,10 +145,10 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
                 bar.set_postfix_str(f"{plan.grid or 'by site'} {value:.2f} dB, best {best:.2f}")
                 bar.update()
 
-            result = job.search(
+            result = find(
                 render,
                 score=lambda images: float(fidelity(images, reference).mean()),
-                journal=Journal(job.journal, settings) if ranks.first else Journal(),
+                journal=journal,
                 steepest=not args.first,
                 more=left,
                 on_try=show,
@@ -155,12 +168,16 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
             "versions": f"torch {torch.__version__}, python {platform.python_version()}",
         }
         summary = f"{result.plan}\n{result.score:.2f} dB, started from {result.start_score:.2f}"
-        if job.costs is not None:
-            about |= {"latency": job.costs.latency(result.plan), "costs": job.costs.to_json()}
-            summary += f", {about['latency']:.2f} of the full sampler's time"
+        if costs is not None:
+            about |= {"costs": costs.to_json(), "latency_estimated": costs.latency(result.plan)}
+            about["latency"] = measured_latency(
+                pipeline, result.plan, sampler=args.sampler, steps=args.steps, guidance_scale=args.guidance_scale
+            )
+            summary += (
+                f", {about['latency']:.2f} of the full sampler's time ({about['latency_estimated']:.2f} estimated)"
+            )
         if unseen:
-            plans = {"phast": result.plan} | job.rivals
-            scores = check(args, pipeline, unseen, args.seed + args.prompts, plans)
+            scores = check(args, pipeline, unseen, args.seed + args.prompts, {"phast": result.plan} | rivals)
             about |= {"unseen_prompts": unseen, "scores_unseen": scores}
             told = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
             summary += f"; on {len(unseen)} unseen prompts {told}"
@@ -170,52 +187,57 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         print(f"{summary}; {made} U-Net calls made, {naive} without sharing; {job.out}")
 
 
-def make_jobs(args: argparse.Namespace, pipeline: Pipeline, ranks: Ranks) -> list[Job]:
+def make_jobs(args: argparse.Namespace, pipeline: Pipeline) -> list[Job]:
     """What the arguments ask for. Raises: ValueError for an impossible number of reuse calls, or files that clash."""
     calls = pipeline.calls(args.sampler, args.steps)
     kinds = [args.kind] if args.kind else list(KINDS) if args.layerwise else ["map"]
-    sites = {kind: select(pipeline.sites, args.sites, kind) for kind in kinds}
-    stem = f"{args.sampler}-{args.steps}-{'layerwise' if args.layerwise else kinds[0]}"
-    counts = [] if args.budget_latency is not None else args.reuse or [calls // 2]
-    names = [f"{stem}-{value}.json" for value in counts or [args.budget_latency]]
-    as_file = args.out.suffix == ".json"
-    if as_file and len(names) > 1:
-        raise ValueError(f"--out {args.out} names one file for {len(names)} plans; give a folder")
-    files = [args.out if as_file else args.out / name for name in names]
-    jobs = []
-    for k, out in zip(counts, files, strict=False):
-        (own,) = sites.values()
-        start = hurry(calls, own, k=k)
-        find = partial(phast.search, plan=start, sites=own, k=k)
-        jobs.append(Job(out, find, {"hurry": start}, {"k": k, "kind": kinds[0], "sites": args.sites}))
-    if counts:
-        return jobs
-    groups = list(sites.values())
+    groups: list[Sequence[Site]] = [select(pipeline.sites, args.sites, kind) for kind in kinds]
     if args.layerwise:
-        some = [s for s in pipeline.sites if s.kind in kinds and (s.kind == "deep" or s in sites[s.kind])]
+        attention = set(itertools.chain(*groups))
+        some = [s for s in pipeline.sites if s in attention or (s.kind == "deep" and "deep" in kinds)]
         groups = list(groups_of(some, len(pipeline.unet.config.block_out_channels)).values())
-    costs = known_costs(files[0].with_suffix(".costs.json"), pipeline, groups, ranks)
+    about = {"kind": "layerwise" if args.layerwise else kinds[0], "kinds": kinds, "sites": args.sites}
+    counts = [] if args.budget_latency is not None else args.reuse or [calls // 2]
+    for k in counts:
+        hurry(calls, groups[0], k=k)  # refuses an impossible number before any work
+    stem = f"{args.sampler}-{args.steps}-{about['kind']}"
+    names = [f"{stem}-{value}.json" for value in counts or [args.budget_latency]]
+    if args.out.suffix == ".json" and len(names) > 1:
+        raise ValueError(f"--out {args.out} names one file for {len(names)} plans; give a folder")
+    files = [args.out if args.out.suffix == ".json" else args.out / name for name in names]
+    if counts:
+        return [Job(out, groups, k, about | {"k": k}) for k, out in zip(counts, files, strict=True)]
+    return [Job(files[0], groups, None, about | {"budget_latency": args.budget_latency})]
+
+
+def approach(
+    args: argparse.Namespace, job: Job, costs: Costs | None, calls: int
+) -> tuple[Callable[..., phast.SearchResult], dict[str, ReusePlan]]:
+    """The search a job calls for, and the plans to score beside what it finds."""
+    if costs is None:
+        start = hurry(calls, job.groups[0], k=job.k)
+        return partial(phast.search, plan=start, sites=job.groups[0], k=job.k), {"hurry": start}
     within: dict[str, Any] = {"latency": costs.latency, "budget": args.budget_latency}
+    find: Callable[..., phast.SearchResult] = partial(step_wise, calls=calls, sites=job.groups[0], **within)
+    alike = {job.about["kind"]: job.groups[0]}
     if args.layerwise:
-        groups = [g for g, saved in zip(costs.groups, costs.reuse, strict=True) if -saved > LEAST * costs.plain]
-        find = partial(layerwise, calls=calls, groups=groups, **within)
-    else:
-        find = partial(step_wise, calls=calls, sites=groups[0], **within)
+        saving = sorted(zip(costs.reuse, costs.groups, strict=True))  # what saves most comes first
+        alike = {kind: next(g for _, g in saving if g[0].kind == kind) for kind in job.about["kinds"]}
+        worth = [g for saved, g in saving if -saved > LEAST * costs.plain]
+        find = partial(layerwise, calls=calls, groups=worth, **within)
     rivals: dict[str, ReusePlan] = {}
-    for kind, own in sites.items():
-        fitting = (plan for k in range(calls) if costs.latency(plan := hurry(calls, own, k=k)) <= args.budget_latency)
+    for kind, sites in alike.items():
+        starts = (hurry(calls, sites, k=k) for k in range(calls))
+        fitting = (plan for plan in starts if costs.latency(plan) <= args.budget_latency)
         rivals |= {f"hurry {kind}": plan for plan in itertools.islice(fitting, 1)}
-    about = {"budget_latency": args.budget_latency, "layerwise": args.layerwise, "kinds": kinds, "sites": args.sites}
-    return [Job(files[0], find, rivals, about, costs)]
+    return find, rivals
 
 
-def known_costs(path: Path, pipeline: Pipeline, groups: Sequence[Sequence[Site]], ranks: Ranks) -> Costs:
-    """Costs measured before, or now: a resumed search must go by the same ones. Only one process measures."""
-    if ranks.first and not path.exists():
-        text = json.dumps(measure(pipeline, groups).to_json(), indent=2)
-        write_whole([path], text.encode())
-    ranks.gather(None)
-    return Costs.from_json(json.loads(path.read_text(encoding="utf-8")), pipeline.sites)
+def known_costs(journal: Journal, pipeline: Pipeline, groups: Sequence[Sequence[Site]], ranks: Ranks) -> Costs:
+    """Costs as the journal has them, or measured now by one process: a resumed search must go by the same ones."""
+    if ranks.first and "costs" not in journal.records:
+        journal.add("costs", measure(pipeline, groups).to_json())
+    return Costs.from_json(ranks.gather(journal.records.get("costs"))[0], pipeline.sites)
 
 
 def make_renderer(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], seed: int) -> Renderer:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -42,13 +43,14 @@ OURS = (
     "steps:13",
     "steps:10",
 )
+SEED = 1000  # of the first prompt; searches use those from 0
 
 
 @dataclass(frozen=True)
 class Runner:
-    """One way to sample: prompts and initial latents (B, 4, h, w) to final latents."""
+    """One way to sample: prompts and initial latents (B, 4, h, w) to images (B, H, W, 3)."""
 
-    sample: Callable[[Sequence[str], Tensor], Tensor]
+    sample: Callable[[Sequence[str], Tensor], np.ndarray]
     plan: ReusePlan | None = None  # None for the packages, which have no plan to show
     calls: int = 0
 
@@ -59,27 +61,27 @@ def ours(pipe: minireuse.Pipeline, text: str, steps: int, model: Path | None) ->
     policies = POLICIES | {"phast": phast_for(plans_of(model), "ddim", pipe.fingerprint)}
     plan = build(text, pipe.calls("ddim", steps), pipe.sites, policies=policies).on(pipe.sites)
 
-    def sample(prompts: Sequence[str], latents: Tensor) -> Tensor:
-        return pipe.generate(prompts, steps=steps, plan=plan, latents=latents, cache=ReuseCache()).latents
+    def sample(prompts: Sequence[str], latents: Tensor) -> np.ndarray:
+        return pipe.generate(prompts, steps=steps, plan=plan, latents=latents, cache=ReuseCache()).images
 
     return Runner(sample, plan, plan.calls)
 
 
-def peers(folder: Path, steps: int, device: torch.device) -> dict[str, Runner]:
-    """The packages, each on a pipeline of its own, since they change what they are given."""
+def peers(ours: minireuse.Pipeline, folder: Path, steps: int) -> dict[str, Runner]:
+    """The packages, each on a pipeline of its own, since they change what they are given; the images by our VAE."""
     import tomesd
     from DeepCache import DeepCacheSDHelper
     from tgate import TgateSDLoader
 
     def fresh() -> diffusers.StableDiffusionPipeline:
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(ours.device)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def runner(call: Callable[..., Any], **settings: Any) -> Runner:
-        def sample(prompts: Sequence[str], latents: Tensor) -> Tensor:
-            options = {"num_inference_steps": steps, "latents": latents.to(device), "output_type": "latent"}
-            return call(list(prompts), **options, **settings).images
+        def sample(prompts: Sequence[str], latents: Tensor) -> np.ndarray:
+            options = {"num_inference_steps": steps, "latents": latents.to(ours.device), "output_type": "latent"}
+            return ours.to_images(call(list(prompts), **options, **settings).images)
 
         return Runner(sample, calls=steps)
 
@@ -101,12 +103,12 @@ def peers(folder: Path, steps: int, device: torch.device) -> dict[str, Runner]:
 
 
 def timed(runners: dict[str, Runner], prompt: str, latents: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of one image, text encoder included and VAE not, all in turn."""
+    """Seconds of one image from its prompt to its pixels, all in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for i in tqdm(range(rounds + 1), desc="time"):
         for name, runner in runners.items():
             began = time.perf_counter()
-            runner.sample([prompt], latents).sum().item()  # waits for the device
+            runner.sample([prompt], latents)
             if i:  # the first round warms up
                 seconds[name].append(time.perf_counter() - began)
     return seconds
@@ -131,13 +133,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ours", nargs="+", default=list(OURS), metavar="POLICY")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     args = parser.parse_args(argv)
-    if args.out.exists():
-        raise SystemExit(f"error: {args.out} exists; name a new folder, or remove it first")
+    if (args.out / "results.json").exists():
+        raise SystemExit(f"error: {args.out} holds results already; name a new folder, or remove it first")
 
     pipe = minireuse.load(args.model, dtype="float32")
     prompts = read_lines(args.prompts_file or shipped_model() / "prompts" / "evaluation.txt")[: args.prompts]
     runners = {name: ours(pipe, name, args.steps, args.model) for name in dict.fromkeys(["none", *args.ours])}
-    runners |= peers(args.model or shipped_model(), args.steps, pipe.device)
+    runners |= peers(pipe, args.model or shipped_model(), args.steps)
 
     rows: dict[str, dict[str, Any]] = {}
     for name, runner in runners.items():
@@ -146,10 +148,10 @@ def main(argv: list[str] | None = None) -> None:
         rows[name] = {"plan": grid, "calls": runner.calls, "reused": reused, "psnr": [], "ssim": [], "follows": [None]}
     for start in tqdm(range(0, len(prompts), args.batch_size), desc="render"):
         batch = prompts[start : start + args.batch_size]
-        latents = noise(pipe, range(start, start + len(batch)))
+        latents = noise(pipe, range(SEED + start, SEED + start + len(batch)))
         reference = None
         for name, runner in runners.items():  # ours without reuse is the first
-            images = pipe.to_images(runner.sample(batch, latents))
+            images = runner.sample(batch, latents)
             reference = images if reference is None else reference
             rows[name]["psnr"] += fidelity(images, reference).tolist()
             rows[name]["ssim"] += ssim(images, reference).tolist()
@@ -157,13 +159,13 @@ def main(argv: list[str] | None = None) -> None:
                 path = picture(args.out, name, start + i)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image).save(path)
-    for name, seconds in timed(runners, prompts[0], noise(pipe, [0]), args.rounds).items():
+    for name, seconds in timed(runners, prompts[0], noise(pipe, [SEED]), args.rounds).items():
         rows[name]["seconds"] = seconds
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
     results = {"steps": args.steps, "prompts": prompts, "versions": versions, "rows": rows, "equal_latency": {}}
-    write_whole([args.out / "results.json"], json.dumps(results, indent=1).encode())
     pictures = {name: picture(args.out, name, 0).parent for name in runners}
     print(write_report(args.out, summarise(results, "none"), pictures, prompts))
+    write_whole([args.out / "results.json"], json.dumps(results, indent=1).encode())
 
 
 if __name__ == "__main__":

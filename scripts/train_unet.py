@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from minireuse.config import ScheduleConfig, UNetConfig
+from minireuse.schedule import Schedule
 from minireuse.text import TextEncoder
 from minireuse.unet import UNet
 from minireuse.vae import VAE
@@ -178,8 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = run_tokenizer(args.out / "tokenizer")
     whole, half, vae = prepare(args.out, args.scenes, args.device)
     scenes = [scene_at(0, i) for i in range(args.scenes)]
-    table = torch.linspace(SCHEDULE_CONFIG.beta_start, SCHEDULE_CONFIG.beta_end, 1000, dtype=torch.float64)
-    alphas_cumprod = torch.cumprod(1 - table, 0)
+    alphas_cumprod = Schedule.from_config(SCHEDULE_CONFIG).alphas_cumprod
     torch.manual_seed(0)
     model = Model(tokenizer).to(args.device)
 
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         sigma = (1 - alphas_cumprod[t]).sqrt().float()[:, None, None, None]
         noise = torch.randn(x_0.shape, generator=generator)
         x, target = alpha * x_0 + sigma * noise, alpha * noise - sigma * x_0
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
             context = model.text(model.text.tokenize(prompts).to(args.device))
             v = model.unet(x.to(args.device).contiguous(memory_format=torch.channels_last), t.to(args.device), context)
         return {"loss": F.mse_loss(v.float(), target.to(args.device))}

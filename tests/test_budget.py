@@ -35,6 +35,14 @@ def test_what_a_deep_site_skips_costs_nothing() -> None:
     assert costs.latency(both) == costs.latency(hurry(4, [DEEP], k=2)) == pytest.approx((40 + 0.5 - 16) / 40)
 
 
+def test_of_a_group_that_is_skipped_in_part_the_rest_counts() -> None:
+    outer, inner = (Site(f"down_blocks.{i}.attn1", "map", depth=2 * i) for i in range(2))
+    middle = Site("up_blocks.1", "deep", depth=1)
+    costs = Costs(10.0, ((outer, inner), (middle,)), store=(1.0, 0.5), reuse=(-2.0, -4.0))
+    plan = hurry(4, [outer, inner], k=2) | hurry(4, [middle], k=1)
+    assert costs.latency(plan) == pytest.approx((40 + 1 - 2 - 2 / 2 + 0.5 - 4) / 40)
+
+
 def test_costs_survive_json() -> None:
     assert Costs.from_json(COSTS.to_json(), [A, B]) == COSTS
     with pytest.raises(ValueError, match="do not fit this model"):

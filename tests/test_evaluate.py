@@ -19,7 +19,21 @@ from minireuse import evaluate, metrics, report
 from minireuse.metrics import fidelity, interval, ssim
 from minireuse.policies import build
 
-COMMON = ["--steps", "5", "--prompts", "3", "--batch-size", "2", "--rounds", "1", "--device", "cpu", "--quiet"]
+COMMON = [
+    "--steps",
+    "5",
+    "--prompts",
+    "3",
+    "--batch-size",
+    "2",
+    "--rounds",
+    "1",
+    "--device",
+    "cpu",
+    "--quiet",
+    "--seed",
+    "0",
+]
 POLICIES = ["hurry", "deepcache", "hurry:k=1,kind=out|tgate", "steps:3"]
 PROMPTS = ["a red circle", "a star", "a blue heart"]
 
@@ -76,22 +90,37 @@ def test_an_interrupted_evaluation_goes_on(
     assert not (tmp_path / "cut" / "results.json").exists()
     with monkeypatch.context() as patched:  # what is known is not measured again
         patched.setattr(evaluate, "judge_batch", lambda *a: judged(*a) if a[4] else stop())
-        patched.setattr("minireuse.pipeline.Pipeline.synchronize", lambda self: None)
         assert evaluate.main([*argv, "--out", str(tmp_path / "cut")]) == 0
     whole, cut = (json.loads((tmp_path / n / "results.json").read_text())["rows"] for n in ("whole", "cut"))
+    lines = (tmp_path / "cut" / "journal.jsonl").read_text().splitlines()[1:]
+    (timings,) = (r["value"] for r in map(json.loads, lines) if r["key"] == "timings")
     for name in whole:
+        assert cut[name]["seconds"] == timings[name]["seconds"]
         assert (cut[name]["psnr"], cut[name]["ssim"]) == (whole[name]["psnr"], whole[name]["ssim"])
     assert evaluate.main([*argv, "--out", str(tmp_path / "cut")]) == 2
-    assert "holds results already" in capsys.readouterr().err
+    assert "holds results or other files" in capsys.readouterr().err
+
+
+def test_a_changed_plan_is_not_mixed_with_figures_of_the_old_one(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = build("hurry", 5, minireuse.load(argv[1], device="cpu").sites)
+    (tmp_path / "p.json").write_text(plan.to_json())
+    more = ["--policies", str(tmp_path / "p.json"), "--rounds", "0", "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "judge_batch", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert evaluate.main([*argv, *more]) == 130
+    (tmp_path / "p.json").write_text(plan.to_json().replace("...##", "..#.#"))
+    assert evaluate.main([*argv, *more]) == 2
+    assert "the journal of other work" in capsys.readouterr().err
 
 
 def test_two_processes_give_the_figures_of_one(argv: list[str], tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    script = ["-m", "minireuse.evaluate", *argv, "--out", str(tmp_path / "two")]
-    done = subprocess.run([*torchrun, *script], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert evaluate.main([*argv, "--out", str(tmp_path / "one")]) == 0
+    for name, many in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
+        command = [sys.executable, *many, "-m", "minireuse.evaluate", *argv, "--out", str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / n / "results.json").read_text())["rows"] for n in ("one", "two"))
     for name in one:
         assert (one[name]["psnr"], one[name]["ssim"]) == (two[name]["psnr"], two[name]["ssim"])
@@ -131,6 +160,7 @@ def test_prompt_following_comes_from_the_file_given(argv: list[str], tmp_path: P
         (["--against", "pab"], "--against is 'pab', expected one of none, hurry"),
         (["--prompts", "9"], "holds 3 prompts, 9 are wanted"),
         (["--batch-size", "0"], "--batch-size is 0"),
+        (["--equal-latency", "--rounds", "0"], "--equal-latency needs times"),
         (["--check", "nowhere.py"], "nowhere.py"),
     ],
 )
@@ -200,8 +230,10 @@ def test_ratios_are_taken_round_by_round() -> None:
         "none": row | times | {"seconds": [1.0, 9.0, 2.0]},
         "half": row | times | {"seconds": [0.5, 4.5, 1.0]},
     }
-    summary = report.summarise({"rows": rows, "equal_latency": {"half": "none"}}, "none")
+    summary = report.summarise({"rows": rows, "equal_latency": {"half": "none"}}, "half")
     assert summary["half"]["seconds_ratio"] == 0.5
     assert summary["half"]["seconds_spread"] == [0.5, 0.5]
-    assert summary["half"]["twin"]["gain"] == 0
+    assert summary["half"]["twin"] is None  # no plain sampler but the full one is as slow
+    assert summary["none"]["against"]["gain"] == 0
+    assert "not faster than the full sampler" in report.table(summary)
     assert summary["half"]["cache_mib"] == 1

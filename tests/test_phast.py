@@ -182,3 +182,11 @@ def test_psnr_against_the_definition() -> None:
     assert np.isinf(psnr(gray, gray)).all()
     with pytest.raises(ValueError, match="must agree"):
         psnr(black, gray[:1])
+
+
+def test_little_memory_changes_no_bit_either(pipeline: minireuse.Pipeline) -> None:
+    plans = [hurry(4, select(pipeline.sites), k=k) for k in (2, 1, 3, 2, 0, 2)]
+    large, small = (Renderer(pipeline, ["a star"], [0], steps=4, memory=m) for m in (2**29, 0))
+    for plan in plans:
+        np.testing.assert_array_equal(small(plan), large(plan))
+    assert large.calls < small.calls < small.naive_calls

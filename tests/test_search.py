@@ -82,55 +82,80 @@ def test_several_counts_fill_a_folder(run, tmp_path: Path) -> None:
     assert names == {"ddim-6-deep-1.json", "ddim-6-deep-3.json"}
 
 
-def made_up(path: Path, groups: list[tuple[Site, ...]], saved: list[float]) -> Costs:
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch):
     """Costs as if they had been measured: times on a busy machine must not decide what a test sees."""
-    costs = Costs(1.0, tuple(groups), (0.05,) * len(groups), tuple(-value for value in saved))
-    path.write_text(json.dumps(costs.to_json()))
-    return costs
+
+    def made_up(groups: list[tuple[Site, ...]], saved: list[float]) -> Costs:
+        costs = Costs(1.0, tuple(groups), (0.05,) * len(groups), tuple(-value for value in saved))
+        monkeypatch.setattr(search, "measure", lambda pipeline, groups: costs)
+        return costs
+
+    return made_up
 
 
-def test_a_latency_chooses_the_number_of_reuse_calls(run, tmp_path: Path, pipeline: minireuse.Pipeline) -> None:
-    costs = made_up(tmp_path / "p.costs.json", [select(pipeline.sites, kind="deep")], [0.7])
+def test_a_latency_chooses_the_number_of_reuse_calls(
+    run, made_up, tmp_path: Path, pipeline: minireuse.Pipeline
+) -> None:
+    costs = made_up([select(pipeline.sites, kind="deep")], [0.7])
     argv = ["--budget-latency", "0.6", "--kind", "deep", "--first", "--out", str(tmp_path / "p.json")]
     assert run(*argv)[0] == 0
     text = (tmp_path / "p.json").read_text()
     plan, about = ReusePlan.from_json(text), json.loads(text)["about"]
     assert {s.kind for s in plan.sites} == {"deep"}
-    assert about["latency"] == costs.latency(plan.on(pipeline.sites)) <= 0.6
+    assert about["latency_estimated"] == costs.latency(plan.on(pipeline.sites)) <= 0.6
+    assert about["latency"] > 0
     assert set(about["scores_unseen"]) == {"phast", "hurry deep"}
+    made_up([select(pipeline.sites, kind="deep")], [0.01])  # another day: a search goes on by the costs it began with
+    (tmp_path / "p.json").unlink()
+    assert run(*argv)[0] == 0
+    assert json.loads((tmp_path / "p.json").read_text())["about"]["costs"] == costs.to_json()
 
 
-def test_layers_and_kinds_side_by_side(run, tmp_path: Path, pipeline: minireuse.Pipeline) -> None:
+def test_layers_and_kinds_side_by_side(run, made_up, tmp_path: Path, pipeline: minireuse.Pipeline) -> None:
     groups = groups_of(pipeline.sites, 3)
     names = ["map of self attention at resolution 0", "out of cross attention at resolution 0", "deep of up_blocks.2"]
     saved = [0.4 if name in names else 0.001 for name in groups]
-    costs = made_up(tmp_path / "ddim-4-layerwise-0.7.costs.json", list(groups.values()), saved)
+    costs = made_up(list(groups.values()), saved)
     argv = ["--layerwise", "--budget-latency", "0.7", "--steps", "4", "--first", "--check", "0", "--out", str(tmp_path)]
     assert run(*argv)[0] == 0
     text = (tmp_path / "ddim-4-layerwise-0.7.json").read_text()
     plan, about = ReusePlan.from_json(text), json.loads(text)["about"]
-    assert about["latency"] == costs.latency(plan.on(pipeline.sites)) <= 0.7
+    assert about["latency_estimated"] == costs.latency(plan.on(pipeline.sites)) <= 0.7
     reused = {site for site, column in zip(plan.sites, plan.mask.T, strict=True) if column.any()}
     assert reused <= {site for name in names for site in groups[name]}  # the others save too little to be looked at
     assert about["finished"]
 
 
 def test_costs_are_measured_where_none_are_known(run, tmp_path: Path, pipeline: minireuse.Pipeline) -> None:
-    run("--budget-latency", "0.01", "--kind", "out", "--out", str(tmp_path / "p.json"))
-    costs = Costs.from_json(json.loads((tmp_path / "p.costs.json").read_text()), pipeline.sites)
+    run("--budget-latency", "0.001", "--kind", "out", "--out", str(tmp_path / "p.json"))
+    (_, record) = (tmp_path / "p.journal.jsonl").read_text().splitlines()
+    costs = Costs.from_json(json.loads(record)["value"], pipeline.sites)
     assert costs.groups == (select(pipeline.sites, kind="out"),)
     assert costs.plain > 0
 
 
+def test_a_finished_search_is_not_made_again(run, tmp_path: Path) -> None:
+    run("--reuse", "1", "--out", str(tmp_path))
+    before = (tmp_path / "ddim-6-map-1.json").read_bytes()
+    status, out, _ = run("--reuse", "1", "2", "--out", str(tmp_path))
+    assert status == 0
+    assert "holds the plan of this search already" in out
+    assert (tmp_path / "ddim-6-map-1.json").read_bytes() == before
+    assert (tmp_path / "ddim-6-map-2.json").exists()
+
+
 def test_two_processes_find_the_plan_of_one(model_folder: Path, prompts: Path, tmp_path: Path) -> None:
     common = ["--model", str(model_folder), "--prompts-file", str(prompts), *COMMON, "--reuse", "2"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = ["-m", "minireuse.search", *common, "--out", str(tmp_path / "two.json")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*torchrun, *script], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("U-Net calls made") == 1  # one process speaks for both
-    assert search.main([*common, "--out", str(tmp_path / "one.json")]) == 0
+    said = {}
+    for name, many in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
+        script = ["-m", "minireuse.search", *common, "--out", str(tmp_path / f"{name}.json")]
+        command = [sys.executable, *many, *script]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
+        said[name] = done.stdout.count("U-Net calls made")
+    assert said == {"one": 1, "two": 1}  # one process speaks for both
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     for name in ("score", "score_start", "scores_unseen", "rounds", "plans_tried"):
         assert one["about"][name] == two["about"][name], name
@@ -141,8 +166,8 @@ def test_two_processes_find_the_plan_of_one(model_folder: Path, prompts: Path, t
 def test_a_search_killed_at_any_moment_resumes_to_the_same_plan(
     run, model_folder: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    run("--reuse", "3", "--out", str(tmp_path / "whole.json"))
-    common = ["--model", str(model_folder), "--prompts-file", str(prompts), *COMMON, "--reuse", "3"]
+    run("--steps", "12", "--reuse", "6", "--out", str(tmp_path / "whole.json"))
+    common = ["--model", str(model_folder), "--prompts-file", str(prompts), *COMMON, "--steps", "12", "--reuse", "6"]
     argv = [sys.executable, "-m", "minireuse.search", *common, "--out", str(tmp_path / "killed.json")]
     journal = tmp_path / "killed.journal.jsonl"
     process = subprocess.Popen(argv, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
@@ -154,7 +179,7 @@ def test_a_search_killed_at_any_moment_resumes_to_the_same_plan(
     assert not (tmp_path / "killed.json").exists()
     kept = len(journal.read_bytes().splitlines())
     assert kept >= 4
-    run("--reuse", "3", "--out", str(tmp_path / "killed.json"))
+    run("--steps", "12", "--reuse", "6", "--out", str(tmp_path / "killed.json"))
     whole, killed = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("whole", "killed"))
     assert killed["sites"] == whole["sites"]
     assert killed["about"]["score"] == whole["about"]["score"]
