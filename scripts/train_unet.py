@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTokenizer
@@ -29,6 +29,7 @@ from minireuse.vae import VAE
 
 from data import pictures, scene_at
 from make_tokenizer import make_tokenizer
+from pack import unpack
 from train_vae import CONFIG as VAE_CONFIG
 from train_vae import save_grid, to_tensor
 from trainer import EMA, train
@@ -93,6 +94,12 @@ def trained_vae(folder: Path) -> VAE:
     return vae
 
 
+def exported_vae(folder: Path) -> VAE:
+    vae = VAE(VAE_CONFIG).eval()
+    vae.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
+    return vae
+
+
 @torch.no_grad()
 def encode_all(vae: VAE, images: np.ndarray, shrink: int, device: str) -> Tensor:
     """Latents of images at 1/shrink of their size. Shapes: (count, H, W, 3) -> (count, 4, H/4/shrink, W/4/shrink)."""
@@ -119,12 +126,13 @@ def standardise(vae: VAE, mean: Tensor, std: Tensor) -> None:
     vae.post_quant_conv.weight *= std[None, :, None, None]
 
 
-def prepare(folder: Path, count: int, device: str) -> tuple[Tensor, Tensor, VAE]:
+def prepare(folder: Path, count: int, device: str, finished: Path | None = None) -> tuple[Tensor, Tensor, VAE]:
     """Latents of the first `count` training scenes, whole and at half their size, and the VAE that gives such latents.
 
-    The latents of whole scenes have mean 0 and variance 1. Shapes: (count, 4, 32, 32), (count, 4, 16, 16).
+    The latents of whole scenes have mean 0 and variance 1. finished: the folder of an exported VAE to use instead.
+    Shapes: (count, 4, 32, 32), (count, 4, 16, 16).
     """
-    vae = trained_vae(folder)
+    vae = trained_vae(folder) if finished is None else exported_vae(finished)
     made = []
     for name, shrink in (("whole", 1), ("half", 2)):
         path = folder / f"latents-{name}-{count}.pt"
@@ -133,6 +141,8 @@ def prepare(folder: Path, count: int, device: str) -> tuple[Tensor, Tensor, VAE]
             os.replace(path.with_suffix(".part"), path)
         made.append(torch.load(path, weights_only=True))
     mean, std = made[0].mean(dim=(0, 2, 3)), made[0].std(dim=(0, 2, 3))
+    if finished is not None:  # standardised when it was made, and to stay the same to the last bit
+        mean, std = torch.zeros_like(mean), torch.ones_like(std)
     standardise(vae, mean, std)
     save_file(vae.state_dict(), folder / "vae-standard.safetensors")  # what the U-Net is trained with, for the export
     whole, half = ((latents - mean[:, None, None]) / std[:, None, None] for latents in made)
@@ -173,15 +183,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--samples", type=int, default=16, help="pictures to look at now and then; 0 is none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--vae", type=Path, metavar="FOLDER", help="use this VAE, weights/vae for one, not the run's own"
+    )
+    parser.add_argument("--start", type=Path, metavar="FILE", help="begin with these weights (of pack.py)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, for processors with such units")
     args = parser.parse_args(argv)
 
     tokenizer = run_tokenizer(args.out / "tokenizer")
-    whole, half, vae = prepare(args.out, args.scenes, args.device)
+    whole, half, vae = prepare(args.out, args.scenes, args.device, args.vae)
     scenes = [scene_at(0, i) for i in range(args.scenes)]
     alphas_cumprod = Schedule.from_config(SCHEDULE_CONFIG).alphas_cumprod
     torch.manual_seed(0)
-    model = Model(tokenizer).to(args.device)
+    model = Model(tokenizer)
+    if args.start is not None:
+        model.load_state_dict(unpack(args.start), strict=False)  # buffers are not trained
+    model.to(args.device)
 
     def loss_at(step: int, view: str) -> dict[str, Tensor]:
         rng = np.random.default_rng([2, VIEWS.index(view), step])
