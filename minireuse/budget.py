@@ -16,6 +16,7 @@ import numpy as np
 
 from minireuse.journal import Journal
 from minireuse.phast import SearchResult, Tries, grouped, search
+from minireuse.policies import hurry
 from minireuse.ranks import ALONE, Ranks
 from minireuse.reuse import PlanError, ReusePlan, Site
 
@@ -41,10 +42,9 @@ def step_wise(
     Raises: PlanError where even reusing in every call but the first is too slow.
     """
     sites = tuple(sites)
-    starts = [ReusePlan.stepwise(np.arange(calls) >= calls - k, sites) for k in range(calls)]
-    fitting = [start for start in starts if latency(start) <= budget]
+    fitting = hurries(calls, sites, latency, budget)
     if not fitting:
-        fastest = min(map(latency, starts))
+        fastest = min(map(latency, hurries(calls, sites, latency, np.inf)))
         raise PlanError(
             f"no plan over these sites takes {budget} of the full sampler's time; the fastest {fastest:.3f}"
         )
@@ -57,6 +57,12 @@ def step_wise(
         results.append(search(render, start, sites, k=k, allowed=allowed, more=more, ranks=ranks, **options))
     finished = len(results) == len(fitting[:COUNTS]) and all(result.finished for result in results)
     return replace(max(results, key=lambda result: result.score), finished=finished)
+
+
+def hurries(calls: int, sites: Iterable[Site], latency: Callable[[ReusePlan], float], budget: float) -> list[ReusePlan]:
+    """HURRY with every number of reuse calls that meets the budget, the smallest first."""
+    plans = (hurry(calls, sites, k=k) for k in range(calls))
+    return [plan for plan in plans if latency(plan) <= budget]
 
 
 def groups_of(sites: Iterable[Site], levels: int) -> dict[str, tuple[Site, ...]]:

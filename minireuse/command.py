@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+def command_line(module: str, argv: list[str] | None) -> str:
+    """What was typed, for the record; argv as `main` was given it."""
+    return shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else argv)])
 
 
 def exit_status(work: Callable[[], object], interrupted: str = "interrupted") -> int:

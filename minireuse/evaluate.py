@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import platform
-import shlex
 import sys
 import time
 import warnings
@@ -21,19 +20,18 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from minireuse.command import exit_status
+from minireuse.command import command_line
 from minireuse.distribution import EXTRACTORS, Follow, prompt_check, score_all
-from minireuse.files import read_lines, shipped_model, write_whole
+from minireuse.files import read_prompts, write_whole
 from minireuse.journal import Journal
 from minireuse.metrics import fidelity, ssim
 from minireuse.pipeline import Pipeline, load
-from minireuse.policies import POLICIES, build, phast_for, takes_count
-from minireuse.ranks import Ranks, started
+from minireuse.policies import build, policies_for, takes_count
+from minireuse.ranks import Ranks, shared_status
 from minireuse.render import Renderer
 from minireuse.report import FULL, summarise, write_report
 from minireuse.reuse import ReuseCache, ReusePlan
 from minireuse.samplers import SAMPLERS
-from minireuse.searched import plans_of
 
 DEFAULT = ("hurry", "phast", "phast:kind=out", "phast:kind=deep", "interval", "deepcache", "tgate", "pab")
 FEWER = (0.75, 0.65, 0.5)  # of the steps, for the plain sampler
@@ -85,13 +83,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     args = parser().parse_args(argv)
-    args.command = shlex.join(["python", "-m", "minireuse.evaluate", *(sys.argv[1:] if argv is None else argv)])
-
-    def work() -> None:
-        with started() as ranks:
-            run(args, ranks)
-
-    return exit_status(work, "interrupted; the same command goes on from the journal")
+    args.command = command_line("minireuse.evaluate", argv)
+    return shared_status(lambda ranks: run(args, ranks))
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
@@ -106,7 +99,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         raise ValueError(f"{args.out} holds results or other files already; remove them, or name another folder")
     if args.policies is None:
         args.policies = [*DEFAULT, *dict.fromkeys(f"steps:{max(1, round(args.steps * f))}" for f in FEWER)]
-    prompts = read_prompts(args)
+    prompts = read_prompts(args.prompts_file, args.model, "evaluation", args.prompts, "--prompts")
     follow = prompt_check(args.check, shipped=args.model is None)
     pipeline = load(args.model, device=ranks.device(args.device), dtype=args.dtype, tokenizer=args.tokenizer)
     rows = make_rows(args, pipeline)
@@ -151,9 +144,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
 def make_rows(args: argparse.Namespace, pipeline: Pipeline) -> list[Row]:
     """The full sampler, what --policies names and, for --equal-latency, the plain sampler with every step count."""
     calls = pipeline.calls(args.sampler, args.steps)
-    policies = POLICIES
-    if any("phast" in text for text in args.policies):
-        policies = POLICIES | {"phast": phast_for(plans_of(args.model), args.sampler, pipeline.fingerprint)}
+    policies = policies_for(" ".join(args.policies), args.model, args.sampler, lambda: pipeline.fingerprint)
     rows = {FULL: Row(FULL, args.steps, ReusePlan.nothing(calls))}
     fewer = [f"steps:{n}" for n in range(2, args.steps)] if args.equal_latency else []
     for text in dict.fromkeys([*args.policies, *fewer]):
@@ -274,10 +265,7 @@ def judge_batch(
     found = {}
     for row in rows:
         images = renderers[row.steps](row.plan)
-        for i, image in enumerate(images):
-            path = picture(args.out, row.name, start + i)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
+        save_pictures(args.out, row.name, start, images)
         found[f"{row.name}/{start}"] = {
             "psnr": fidelity(images, reference).tolist(),
             "ssim": ssim(images, reference).tolist(),
@@ -291,15 +279,12 @@ def picture(out: Path, row: str, index: int) -> Path:
     return out / "images" / "".join(c if c.isalnum() or c in "-_=.," else "_" for c in row) / f"{index:05d}.png"
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The first `--prompts` prompts of the file. Raises: ValueError where it holds fewer."""
-    if args.prompts_file is None and args.model is not None:
-        raise ValueError("no evaluation prompts are known for this model; give --prompts-file, one prompt per line")
-    path = args.prompts_file or shipped_model() / "prompts" / "evaluation.txt"
-    prompts = read_lines(path)
-    if len(prompts) < args.prompts:
-        raise ValueError(f"{path} holds {len(prompts)} prompts, {args.prompts} are wanted; lower --prompts")
-    return prompts[: args.prompts]
+def save_pictures(out: Path, row: str, start: int, images: np.ndarray) -> None:
+    """Write the pictures of the prompts from number `start` on."""
+    for i, image in enumerate(images, start):
+        path = picture(out, row, i)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
 
 
 def describe(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], rows: Sequence[Row]) -> dict[str, Any]:

@@ -49,3 +49,18 @@ def shipped_model() -> Path:
     """The folder of the model that comes with the package: inside it when installed, beside it in a checkout."""
     inside = Path(__file__).parent / "weights"
     return inside if inside.is_dir() else Path(__file__).parents[1] / "weights"
+
+
+def read_prompts(path: Path | None, model: Path | None, purpose: str, count: int, options: str) -> list[str]:
+    """The first `count` lines of a file, by default of the shipped prompts for this purpose.
+
+    model: None for the shipped one. options: of the command line, that ask for the count.
+    Raises: ValueError where there are fewer, or another model has none; OSError.
+    """
+    if path is None and model is not None:
+        raise ValueError(f"no {purpose} prompts are known for this model; give --prompts-file, one prompt per line")
+    path = path or shipped_model() / "prompts" / f"{purpose}.txt"
+    prompts = read_lines(path)
+    if count < 1 or len(prompts) < count:
+        raise ValueError(f"{path} holds {len(prompts)} prompts, {count} are wanted; lower {options}")
+    return prompts[:count]

@@ -20,7 +20,24 @@ from minireuse.samplers import Denoise
 END = "</w>"  # of a token that ends a word (CLIP's byte-pair encoding)
 
 
-class MapRecorder(ReuseCache):
+class Watcher(ReuseCache):
+    """A cache that knows which call it is used in: give `Pipeline.generate` its `wrap` as `wrap`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.call = 0
+
+    def wrap(self, denoise: Denoise) -> Denoise:
+        """The same `denoise`, while this learns which call it is."""
+
+        def watched(x: Tensor, t: float, call: int) -> Tensor:
+            self.call = call
+            return denoise(x, t, call)
+
+        return watched
+
+
+class MapRecorder(Watcher):
     """A cache that is also handed the maps no plan reuses, and writes all of them down.
 
     Give `Pipeline.generate` this as `cache`, its `wrap` as `wrap`, the sites to look at as `watch`. Of each image the
@@ -39,17 +56,7 @@ class MapRecorder(ReuseCache):
         """words: of each image of the batch, each with the places of its tokens. first: the first image's number."""
         super().__init__(**options)
         self.folder, self.plan, self.words, self.first = folder, plan, words, first
-        self.call = 0
         self._heat: dict[tuple[int, str, int], Tensor] = {}  # by image, address and call: (words, N)
-
-    def wrap(self, denoise: Denoise) -> Denoise:
-        """The same `denoise`, while the recorder learns which call it is."""
-
-        def watched(x: Tensor, t: float, call: int) -> Tensor:
-            self.call = call
-            return denoise(x, t, call)
-
-        return watched
 
     def store(self, site: Site, value: Tensor, step: StepPlan, dtype: torch.dtype) -> None:
         if site in self.plan.step(self.call).store:

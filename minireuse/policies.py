@@ -138,6 +138,18 @@ RELATIVES: dict[str, Policy] = {f.__name__: f for f in (deepcache, tgate, pab)} 
 POLICIES: dict[str, Policy] = STEPWISE | RELATIVES
 
 
+def policies_for(
+    expressions: str, folder: Path | None, sampler: str, fingerprint: Callable[[], str]
+) -> Mapping[str, Policy]:
+    """All policies, `phast` among them with the plans of the model in `folder` and those that ship.
+
+    Plans are read, and the fingerprint asked for, only where the expressions name `phast`: both take a while.
+    """
+    if "phast" not in expressions:
+        return POLICIES
+    return POLICIES | {"phast": phast_for(plans_of(folder), sampler, fingerprint())}
+
+
 def select(sites: Iterable[Site], which: str = "both", kind: str = "map", branch: int = 0) -> tuple[Site, ...]:
     """The sites of one kind, in self attention, cross attention or both; of `deep` the one number `branch`.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from minireuse.command import exit_status
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,13 @@ def started() -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def shared_status(work: Callable[[Ranks], object]) -> int:
+    """The exit status of a work with a journal, which the processes share."""
+
+    def joined() -> None:
+        with started() as ranks:
+            work(ranks)
+
+    return exit_status(joined, "interrupted; the same command goes on from the journal")

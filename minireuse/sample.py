@@ -27,10 +27,9 @@ from minireuse.config import PREDICTION_TYPES
 from minireuse.files import read_lines, write_whole
 from minireuse.maps import MapRecorder, words_of
 from minireuse.pipeline import ATTENTIONS, Pipeline, load
-from minireuse.policies import POLICIES, Policy, build, phast_for, select
+from minireuse.policies import POLICIES, build, policies_for, select
 from minireuse.reuse import KINDS, ReuseCache, ReusePlan
 from minireuse.samplers import SAMPLERS
-from minireuse.searched import plans_of
 
 DTYPES = ("float32", "float16", "bfloat16")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -137,7 +136,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         k=args.reuse,
         which=args.sites,
         kind=args.kind,
-        policies=POLICIES | _phast(args, pipeline),
+        policies=policies_for(args.policy, args.model, args.sampler, lambda: pipeline.fingerprint),
     )
 
     seconds, peak = 0.0, 0
@@ -186,13 +185,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "seeds": seeds,
         "model": _model_name(args),
     }
-
-
-def _phast(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Policy]:
-    """The policy that knows the plans searched for this model; only if asked for, since they have to be read."""
-    if "phast" not in args.policy:
-        return {}
-    return {"phast": phast_for(plans_of(args.model), args.sampler, pipeline.fingerprint)}
 
 
 def _cache(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, prompts: list[str], first: int) -> ReuseCache:

@@ -7,7 +7,6 @@ import itertools
 import json
 import platform
 import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,15 +19,15 @@ import torch
 from tqdm import tqdm
 
 from minireuse import phast
-from minireuse.budget import groups_of, layerwise, step_wise
-from minireuse.command import exit_status
+from minireuse.budget import groups_of, hurries, layerwise, step_wise
+from minireuse.command import command_line
 from minireuse.costs import Costs, measure, measured_latency
-from minireuse.files import read_lines, shipped_model, write_whole
+from minireuse.files import read_prompts, write_whole
 from minireuse.journal import Journal
 from minireuse.metrics import fidelity
 from minireuse.pipeline import Pipeline, load
 from minireuse.policies import hurry, select
-from minireuse.ranks import Ranks, started
+from minireuse.ranks import Ranks, shared_status
 from minireuse.render import Renderer
 from minireuse.reuse import KINDS, ReusePlan, Site
 from minireuse.samplers import SAMPLERS
@@ -70,13 +69,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     args = parser().parse_args(argv)
-    args.command = shlex.join(["python", "-m", "minireuse.search", *(sys.argv[1:] if argv is None else argv)])
-
-    def work() -> None:
-        with started() as ranks:
-            run(args, ranks)
-
-    return exit_status(work, "interrupted; the same command goes on from the journal")
+    args.command = command_line("minireuse.search", argv)
+    return shared_status(lambda ranks: run(args, ranks))
 
 
 @dataclass(frozen=True)
@@ -110,7 +104,9 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         raise ValueError(f"--budget-latency is {latency}, expected a fraction of the full sampler's time, such as 0.7")
     if latency is not None and args.reuse:
         raise ValueError("--budget-latency chooses how many calls reuse; give it or --reuse, not both")
-    prompts = read_prompts(args.prompts_file, args.model, args.prompts + args.check)
+    prompts = read_prompts(
+        args.prompts_file, args.model, "calibration", args.prompts + args.check, "--prompts or --check"
+    )
     pipeline = load(args.model, device=ranks.device(args.device), dtype=args.dtype, tokenizer=args.tokenizer)
     jobs = make_jobs(args, pipeline)
     for job in jobs:
@@ -225,11 +221,8 @@ def approach(
         alike = {kind: next(g for _, g in saving if g[0].kind == kind) for kind in job.about["kinds"]}
         worth = [g for saved, g in saving if -saved > LEAST * costs.plain]
         find = partial(layerwise, calls=calls, groups=worth, **within)
-    rivals: dict[str, ReusePlan] = {}
-    for kind, sites in alike.items():
-        starts = (hurry(calls, sites, k=k) for k in range(calls))
-        fitting = (plan for plan in starts if costs.latency(plan) <= args.budget_latency)
-        rivals |= {f"hurry {kind}": plan for plan in itertools.islice(fitting, 1)}
+    fitting = {kind: hurries(calls, sites, costs.latency, args.budget_latency) for kind, sites in alike.items()}
+    rivals = {f"hurry {kind}": plans[0] for kind, plans in fitting.items() if plans}
     return find, rivals
 
 
@@ -267,17 +260,6 @@ def parse_budget(text: str | None) -> Any:
     if match[2]:
         return lambda calls, seconds: seconds < 60 * limit
     return lambda calls, seconds: calls < limit
-
-
-def read_prompts(path: Path | None, model: Path | None, count: int) -> list[str]:
-    """The first `count` prompts of a file. Raises: ValueError where there are fewer."""
-    if path is None and model is not None:
-        raise ValueError("no calibration prompts are known for this model; give --prompts-file, one prompt per line")
-    path = path or shipped_model() / "prompts" / "calibration.txt"
-    prompts = read_lines(path)
-    if count < 1 or len(prompts) < count:
-        raise ValueError(f"{path} holds {len(prompts)} prompts, {count} are wanted; lower --prompts or --check")
-    return prompts[:count]
 
 
 def describe(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ class Searched:
     """A step-wise plan that a search found, and what it was searched for."""
 
     plan: ReusePlan
-    row: tuple[bool, ...]  # the plan's, per call
     model: str  # fingerprint of the U-Net
     sampler: str
 
@@ -35,7 +34,12 @@ class Searched:
             raise PlanError(f"{path} is not a searched plan ({error}); remove it, or search it again") from None
         if plan.grid is None:
             raise PlanError(f"{path} differs by site; only step-wise plans can lie among the plans of a model")
-        return cls(plan, tuple(cell == "#" for cell in plan.grid), model, sampler)
+        return cls(plan, model, sampler)
+
+    @property
+    def row(self) -> tuple[bool, ...]:
+        """Which calls the plan reuses."""
+        return tuple(cell == "#" for cell in self.plan.grid or "")
 
     def __str__(self) -> str:
         return f"{self.sampler}, {self.plan.calls} calls, {self.plan.reused} of them reused"

@@ -37,20 +37,24 @@ class TextEncoder(nn.Module):
         inner = getattr(self.model, "text_model", self.model)
         return inner.final_layer_norm(states.hidden_states[self.layer])
 
+    def _require_tokenizer(self) -> CLIPTokenizer:
+        if self.tokenizer is None:
+            raise ValueError("this model came without a tokenizer; pass tokenizer= (a folder or a hub name)")
+        return self.tokenizer
+
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids, padded to M. Warns with the words that are dropped where a prompt is too long.
 
         Shapes: -> (len(prompts), M).
         Raises: ValueError without a tokenizer.
         """
-        if self.tokenizer is None:
-            raise ValueError("this model came without a tokenizer; pass tokenizer= (a folder or a hub name)")
+        tokenizer = self._require_tokenizer()
         rows: list[list[int]] = []
-        pad = int(self.tokenizer.pad_token_id)
-        tokenized: list[list[int]] = self.tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]
+        pad = int(tokenizer.pad_token_id)
+        tokenized: list[list[int]] = tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]
         for ids in tokenized:
             if len(ids) > self.length:
-                dropped = str(self.tokenizer.decode(ids[self.length - 1 : -1]))
+                dropped = str(tokenizer.decode(ids[self.length - 1 : -1]))
                 shown = dropped if len(dropped) <= 200 else dropped[:200] + " ..."
                 warnings.warn(
                     f"prompt has {len(ids)} tokens, at most {self.length} are used; dropped: {shown!r}", stacklevel=3
@@ -61,9 +65,8 @@ class TextEncoder(nn.Module):
 
     def pieces(self, prompt: str) -> list[str]:
         """The prompt's tokens as text, as far as they are used, without those that begin and end it."""
-        if self.tokenizer is None:
-            raise ValueError("this model came without a tokenizer; pass tokenizer= (a folder or a hub name)")
-        return list(self.tokenizer.tokenize(prompt))[: self.length - 2]
+        tokenizer = self._require_tokenizer()
+        return list(tokenizer.tokenize(prompt))[: self.length - 2]
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """The context of each prompt. Shapes: -> (len(prompts), M, D)."""

@@ -20,13 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import minireuse
+from minireuse.maps import Watcher
 from minireuse.metrics import fidelity, interval
 from minireuse.policies import early, hurry, phast_for, select
 from minireuse.policies import interval as evenly
 from minireuse.policies import random as at_random
 from minireuse.render import Renderer
 from minireuse.reuse import ReuseCache, ReusePlan, Site, StepPlan
-from minireuse.samplers import Denoise
 from minireuse.searched import Searched
 
 
@@ -50,24 +50,6 @@ class Study:
 
 def verdict(holds: bool, fails: bool) -> str:
     return "holds" if holds else "does not hold" if fails else "unclear"
-
-
-class Watcher(ReuseCache):
-    """A cache that looks at maps, or changes them, at the calls that compute them, and keeps nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.call = 0
-
-    def wrap(self, denoise: Denoise) -> Denoise:
-        def watched(x: Tensor, t: float, call: int) -> Tensor:
-            self.call = call
-            return denoise(x, t, call)
-
-        return watched
-
-    def store(self, site: Site, value: Tensor, step: StepPlan, dtype: torch.dtype) -> None:
-        raise NotImplementedError
 
 
 class Neighbours(Watcher):

@@ -19,18 +19,16 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import minireuse
-from minireuse.evaluate import picture
+from minireuse.evaluate import picture, save_pictures
 from minireuse.files import read_lines, shipped_model, write_whole
 from minireuse.metrics import fidelity, ssim
-from minireuse.policies import POLICIES, build, phast_for
+from minireuse.policies import build, policies_for
 from minireuse.report import summarise, write_report
 from minireuse.reuse import ReuseCache, ReusePlan
-from minireuse.searched import plans_of
 
 OURS = (
     "hurry",
@@ -58,7 +56,7 @@ class Runner:
 def ours(pipe: minireuse.Pipeline, text: str, steps: int, model: Path | None) -> Runner:
     if text.startswith("steps:"):
         steps, text = int(text.removeprefix("steps:")), "none"
-    policies = POLICIES | {"phast": phast_for(plans_of(model), "ddim", pipe.fingerprint)}
+    policies = policies_for(text, model, "ddim", lambda: pipe.fingerprint)
     plan = build(text, pipe.calls("ddim", steps), pipe.sites, policies=policies).on(pipe.sites)
 
     def sample(prompts: Sequence[str], latents: Tensor) -> np.ndarray:
@@ -155,10 +153,7 @@ def main(argv: list[str] | None = None) -> None:
             reference = images if reference is None else reference
             rows[name]["psnr"] += fidelity(images, reference).tolist()
             rows[name]["ssim"] += ssim(images, reference).tolist()
-            for i, image in enumerate(images):
-                path = picture(args.out, name, start + i)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image).save(path)
+            save_pictures(args.out, name, start, images)
     for name, seconds in timed(runners, prompts[0], noise(pipe, [SEED]), args.rounds).items():
         rows[name]["seconds"] = seconds
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}

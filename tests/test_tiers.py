@@ -9,11 +9,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "minireuse"
 TIERS = (
-    ("config", "files", "journal", "command", "ranks"),
-    ("schedule", "reuse"),
+    ("config", "files", "journal", "command"),
+    ("schedule", "reuse", "ranks"),
     ("layers", "samplers", "searched", "phast"),
-    ("attention", "policies", "budget"),
-    ("unet", "vae", "text", "ldm"),
+    ("attention", "policies"),
+    ("unet", "vae", "text", "ldm", "budget"),
     ("guidance", "checkpoint", "metrics"),
     ("pipeline",),
     ("render", "costs", "maps", "distribution"),
