@@ -1,9 +1,9 @@
 """Train the small U-Net and text encoder on latents of scenes: `python scripts/train_unet.py --out runs/shapes`.
 
-First on scenes at half their size, where a step costs a quarter and colours, places and rough shapes are learned; then
-in turn on windows around single objects, just as cheap, and on whole scenes, seldom at first. v-prediction (arXiv
-2202.00512) on a schedule that ends in almost pure noise, without loss weights: with noise prediction on SD's own
-schedule this small model paints the right shapes on the wrong backgrounds.
+First the text encoder on captions alone (train_text.py). Then both on scenes at half their size, where a step costs a
+quarter and colours, places and rough shapes are learned; then in turn on windows around single objects, just as cheap,
+and on whole scenes. v-prediction (arXiv 2202.00512) on a schedule that ends in almost pure noise, without loss weights:
+with noise prediction on SD's own schedule this small model paints the right shapes on the wrong backgrounds.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from minireuse.vae import VAE
 from data import pictures, scene_at
 from make_tokenizer import make_tokenizer
 from pack import unpack
+from train_text import train_text
 from train_vae import CONFIG as VAE_CONFIG
 from train_vae import save_grid, to_tensor
 from trainer import EMA, train
@@ -177,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--scenes", type=int, default=SCENES)
+    parser.add_argument("--text-steps", type=int, default=1500, help="steps on captions alone, of the text encoder")
     parser.add_argument("--half-steps", type=int, default=2000, help="steps on scenes of half the size")
     parser.add_argument("--steps", type=int, default=4700, help="further steps, on windows and whole scenes")
     parser.add_argument("--batch", type=int, default=32)
@@ -198,6 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     model = Model(tokenizer)
     if args.start is not None:
         model.load_state_dict(unpack(args.start), strict=False)  # buffers are not trained
+    train_text(model.text, args.out, scenes, args.text_steps, 4 * args.batch, args.lr, args.device)
     model.to(args.device)
 
     def loss_at(step: int, view: str) -> dict[str, Tensor]:
@@ -246,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
         "full",
         args.out,
         model,
-        lambda step: loss_at(step, "whole" if step % (4 if step < 0.4 * args.steps else 2) == 1 else "close"),
+        lambda step: loss_at(step, "whole" if step % 2 else "close"),
         steps=args.steps,
         peak_lr=args.lr / 2,
         ema_decay=0.995,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import diffusers
@@ -12,14 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import minireuse
+from minireuse.text import TextEncoder
 from minireuse.vae import VAE
 
 import export
 import pack
+import train_text
 import train_unet
 import train_vae
 from data import scene_at
 from trainer import EMA, learning_rate, train
+from world import Object, Scene
 
 
 def fit(folder: Path, stop_at: int | None = None) -> nn.Module:
@@ -114,6 +118,42 @@ def test_close_views_show_one_object_and_tell_of_it_alone() -> None:
                 assert not (left <= other.x <= left + 64 and top <= other.y <= top + 64)
 
 
+def test_the_text_encoder_is_asked_for_each_place() -> None:
+    def object_of(shape: str, colour: str) -> Object:
+        return Object(shape, colour, "small", "plain", 0.0, 0.0, 13.0)
+
+    answers = train_text.right_answers(
+        Scene((object_of("star", "red"), object_of("ring", "black")), "below", "white", 0.0)
+    )
+    told = {
+        place: {q: given[i] if given[i] < 0 else train_text.QUESTIONS[q][given[i]] for q, given in answers.items()}
+        for i, place in enumerate(train_text.PLACES)
+    }
+    assert {place: t["there"] for place, t in told.items()} == {
+        "alone": "empty",
+        "above": "taken",
+        "below": "taken",
+        "left of": "empty",
+        "right of": "empty",
+    }
+    assert (told["below"]["shape"], told["below"]["colour"]) == ("star", "red")
+    assert (told["above"]["shape"], told["above"]["colour"]) == ("ring", "black")
+    assert told["alone"]["shape"] == train_text.IGNORED
+    assert all(t["background"] == "white" for t in told.values())
+
+
+def test_a_text_encoder_learns_from_captions_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = train_unet.run_tokenizer(tmp_path / "tokenizer")
+    text = TextEncoder(train_unet.text_config(tokenizer), tokenizer)
+    before = text.encode(["a red star"])
+    scenes = [scene_at(0, i) for i in range(4)]
+    train_text.train_text(text, tmp_path, scenes, steps=60, batch=4, lr=1e-3, device="cpu")
+    assert not torch.equal(text.encode(["a red star"]), before)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "text.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+
+
 def test_latents_are_made_of_whole_scenes_and_of_scenes_at_half_their_size() -> None:
     vae = VAE(train_vae.CONFIG).eval()
     images = np.full((3, 128, 128, 3), 200, dtype=np.uint8)
@@ -144,7 +184,20 @@ def test_packed_weights_come_back_to_a_part_in_254_of_their_row(tmp_path: Path) 
 def test_the_chain_from_scenes_to_a_folder_that_loads(tmp_path: Path) -> None:
     run = ["--out", str(tmp_path / "run")]
     train_vae.main([*run, "--steps", "1", "--images", "32", "--samples", "0"])
-    options = ["--scenes", "32", "--half-steps", "1", "--steps", "1", "--samples", "0", "--batch", "4"]
+    options = [
+        "--scenes",
+        "32",
+        "--text-steps",
+        "1",
+        "--half-steps",
+        "1",
+        "--steps",
+        "1",
+        "--samples",
+        "0",
+        "--batch",
+        "4",
+    ]
     train_unet.main([*run, *options, "--device", "cpu"])
     folder = tmp_path / "model"
     export.main(["--run", str(tmp_path / "run"), "--out", str(folder)])
