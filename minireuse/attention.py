@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from minireuse.kept import Kept
 from minireuse.reuse import PLAIN, ReuseCache, Site, StepPlan
 
 
@@ -33,6 +34,20 @@ def attention_probs(q: Tensor, k: Tensor) -> Tensor:
     # Scaling q rather than the scores keeps half-precision scores in range.
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return scores.softmax(dim=-1, dtype=torch.float32)
+
+
+def storing_attention(q: Tensor, k: Tensor, v: Tensor, kept: Kept) -> Tensor:
+    """The same as `fused_attention`, leaving the map in `kept`.
+
+    Block by block: what has been computed is kept and multiplied by v before it leaves the processor's cache.
+    """
+    y = torch.empty_like(q)
+    for block in kept.blocks():
+        heads = block[:2]
+        probs = attention_probs(q[block], k[heads])
+        kept[block] = probs
+        y[block] = probs.to(v.dtype) @ v[heads]
+    return y
 
 
 KV = tuple[Tensor, Tensor]  # keys and values, each (B, K, M, d)
@@ -77,14 +92,12 @@ class Attention(nn.Module):
         v = self._split(self.to_v(source)) if isinstance(source, Tensor) else source[1]
         if cache is not None and site in step.reuse:
             shape = (x.shape[0], self.heads, x.shape[1], v.shape[2])
-            y = cache.load(site, shape, step, like=v) @ v
+            y = cache.look_up(site, shape, step, like=v) @ v
         else:
             q = self._split(self.to_q(x))
             k = self._split(self.to_k(source)) if isinstance(source, Tensor) else source[0]
             if cache is not None and site in step.store:
-                probs = attention_probs(q, k)
-                cache.store(site, probs, step, dtype=v.dtype)
-                y = probs.to(v.dtype) @ v
+                y = storing_attention(q, k, v, cache.hold(site, (*q.shape[:3], k.shape[2]), step, like=v))
             elif step.explicit:
                 y = attention_probs(q, k).to(v.dtype) @ v
             else:

@@ -45,6 +45,29 @@ class Parts:
     schedule: ScheduleConfig
 
 
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint says of its parts, before any weight is read."""
+
+    unet: UNetConfig
+    vae: VAEConfig
+    schedule: ScheduleConfig
+    text: CLIPTextConfig
+
+
+def describe(path: Path, prediction_type: str | None = None) -> Description:
+    """The configurations of a diffusers folder or an LDM single file. Raises: CheckpointError, ConfigError."""
+    if path.is_dir():
+        described = _describe_folder(path)
+    elif path.is_file():
+        described = _describe_single_file(path, _open(path))
+    else:
+        raise CheckpointError(f"no model at {path}; give a diffusers folder or an original .safetensors file")
+    if prediction_type is None:
+        return described
+    return replace(described, schedule=replace(described.schedule, prediction_type=prediction_type))
+
+
 def load_parts(
     path: Path, dtype: torch.dtype, prediction_type: str | None = None, tokenizer: str | Path | None = None
 ) -> Parts:
@@ -52,60 +75,71 @@ def load_parts(
 
     Raises: CheckpointError, ConfigError.
     """
-    if path.is_dir():
-        parts = _load_folder(path, dtype, tokenizer)
-    elif path.is_file():
-        parts = _load_single_file(path, dtype, tokenizer)
-    else:
-        raise CheckpointError(f"no model at {path}; give a diffusers folder or an original .safetensors file")
-    if prediction_type is not None:
-        parts.schedule = replace(parts.schedule, prediction_type=prediction_type)
+    described = describe(path, prediction_type)
+    with torch.device("meta"):
+        unet, vae = UNet(described.unet), VAE(described.vae)
+    whole = path.is_dir()
+    text = _build_text(described.text, path / "text_encoder" / "config.json" if whole else path)
+    parts = Parts(unet, vae, text, described.schedule)
+    (_fill_from_folder if whole else _fill_from_single_file)(parts, path, dtype, tokenizer)
     return parts
+
+
+def _build_text(config: CLIPTextConfig, path: Path) -> TextEncoder:
+    try:
+        return TextEncoder(config)
+    except Exception as error:  # each version of transformers checks at its own place, with its own kinds
+        raise _no_text_encoder(path, error) from None
+
+
+def _no_text_encoder(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} is of no CLIP text encoder ({_reason(error)}); download it again")
 
 
 # --- diffusers folders ---------------------------------------------------------------------------------------------
 
 
-def _load_folder(folder: Path, dtype: torch.dtype, tokenizer: str | Path | None) -> Parts:
-    unet_config = UNetConfig.from_diffusers(_read_json(folder / "unet" / "config.json"))
-    vae_config = VAEConfig.from_diffusers(_read_json(folder / "vae" / "config.json"))
+def _describe_folder(folder: Path) -> Description:
+    unet = UNetConfig.from_diffusers(_read_json(folder / "unet" / "config.json"))
+    vae = VAEConfig.from_diffusers(_read_json(folder / "vae" / "config.json"))
     schedule = ScheduleConfig.from_diffusers(_read_json(folder / "scheduler" / "scheduler_config.json"))
-    text = _build_text(folder / "text_encoder" / "config.json")
-    latents = (unet_config.in_channels, unet_config.out_channels, vae_config.latent_channels)
+    text = _read_text_config(folder / "text_encoder" / "config.json")
+    latents = (unet.in_channels, unet.out_channels, vae.latent_channels)
     if len(set(latents)) > 1:
         raise CheckpointError(
             f"{folder}: the U-Net reads {latents[0]} channels and writes {latents[1]}, the VAE's latents have "
             f"{latents[2]}; they must agree: inpainting, upscaling and depth models are not supported"
         )
-    width = text.model.config.hidden_size
-    if width != unet_config.cross_attention_dim:
+    if text.hidden_size != unet.cross_attention_dim:
         raise CheckpointError(
-            f"{folder}: the text encoder is {width} wide, the U-Net's cross attention "
-            f"{unet_config.cross_attention_dim}; they must agree, so these parts do not belong together"
+            f"{folder}: the text encoder is {text.hidden_size} wide, the U-Net's cross attention "
+            f"{unet.cross_attention_dim}; they must agree, so these parts do not belong together"
         )
-    text.tokenizer = _read_tokenizer(tokenizer or folder / "tokenizer", text.model.config.vocab_size)
-    with torch.device("meta"):
-        unet, vae = UNet(unet_config), VAE(vae_config)
-    _fill(unet, _tensors(folder / "unet", "diffusion_pytorch_model").items(), folder / "unet", dtype)
-    vae_tensors = _tensors(folder / "vae", "diffusion_pytorch_model").items()
-    _fill(vae, vae_tensors, folder / "vae", dtype, name=_modern_vae_name)
-    text_tensors = _tensors(folder / "text_encoder", "model").items()
-    _fill(text.model, text_tensors, folder / "text_encoder", dtype, name=_bare_text_name)
-    return Parts(unet, vae, text, schedule)
+    return Description(unet, vae, schedule, text)
 
 
-def _build_text(config: Path) -> TextEncoder:
-    raw = _read_json(config)
+def _read_text_config(path: Path) -> CLIPTextConfig:
+    raw = _read_json(path)
     kind = raw.get("model_type", "clip_text_model")
     if kind != "clip_text_model":
         raise CheckpointError(
-            f"{config}: model_type is {kind!r}, expected 'clip_text_model'; "
+            f"{path}: model_type is {kind!r}, expected 'clip_text_model'; "
             "only Stable Diffusion 1.x and 2.x text-to-image models are supported"
         )
     try:
-        return TextEncoder(CLIPTextConfig.from_dict(raw))
-    except Exception as error:  # each version of transformers checks at its own place, with its own kinds
-        raise CheckpointError(f"{config} is of no CLIP text encoder ({_reason(error)}); download it again") from None
+        return CLIPTextConfig.from_dict(raw)
+    except Exception as error:
+        raise _no_text_encoder(path, error) from None
+
+
+def _fill_from_folder(parts: Parts, folder: Path, dtype: torch.dtype, tokenizer: str | Path | None) -> None:
+    text = parts.text
+    text.tokenizer = _read_tokenizer(tokenizer or folder / "tokenizer", text.model.config.vocab_size)
+    _fill(parts.unet, _tensors(folder / "unet", "diffusion_pytorch_model").items(), folder / "unet", dtype)
+    vae_tensors = _tensors(folder / "vae", "diffusion_pytorch_model").items()
+    _fill(parts.vae, vae_tensors, folder / "vae", dtype, name=_modern_vae_name)
+    text_tensors = _tensors(folder / "text_encoder", "model").items()
+    _fill(text.model, text_tensors, folder / "text_encoder", dtype, name=_bare_text_name)
 
 
 def _tensors(folder: Path, stem: str) -> dict[str, _Source]:
@@ -156,8 +190,7 @@ def _modern_vae_name(key: str) -> str:
 # --- original single files -----------------------------------------------------------------------------------------
 
 
-def _load_single_file(path: Path, dtype: torch.dtype, tokenizer: str | Path | None) -> Parts:
-    tensors = _open(path)
+def _describe_single_file(path: Path, tensors: Mapping[str, _Source]) -> Description:
     width = tensors.get(ldm.CONTEXT_KEY)
     configs: dict[tuple[int, ...], UNetConfig] = {(768,): SD1_UNET, (1024,): SD2_UNET}
     if width is None or width.shape[-1:] not in configs:
@@ -165,31 +198,33 @@ def _load_single_file(path: Path, dtype: torch.dtype, tokenizer: str | Path | No
             f"{path} is not a Stable Diffusion 1.x or 2.x checkpoint in the original layout "
             f"(expected {ldm.CONTEXT_KEY} of width 768 or 1024); for other layouts give a diffusers folder"
         )
-    unet_config = configs[width.shape[-1:]]
-    second = unet_config is SD2_UNET
+    unet = configs[width.shape[-1:]]
+    second = unet is SD2_UNET
     bias = tensors.get(ldm.PREDICTION_KEY)
     predicts_v = second and bias is not None and ldm.predicts_v(bias.read())
     if second and not predicts_v:
-        unet_config = replace(unet_config, sample_size=64)  # SD 2's base models predict noise, at 512 pixels
-    text_config = CLIPTextConfig(**(ldm.SD2_TEXT if second else ldm.SD1_TEXT))
-    read_tokenizer = _read_tokenizer(tokenizer or HUB_TOKENIZER, text_config.vocab_size)
+        unet = replace(unet, sample_size=64)  # SD 2's base models predict noise, at 512 pixels
+    schedule = replace(SD_SCHEDULE, prediction_type="v_prediction" if predicts_v else "epsilon")
+    return Description(unet, SD_VAE, schedule, CLIPTextConfig(**(ldm.SD2_TEXT if second else ldm.SD1_TEXT)))
+
+
+def _fill_from_single_file(parts: Parts, path: Path, dtype: torch.dtype, tokenizer: str | Path | None) -> None:
+    second = parts.unet.config.cross_attention_dim == SD2_UNET.cross_attention_dim
+    read_tokenizer = _read_tokenizer(tokenizer or HUB_TOKENIZER, parts.text.model.config.vocab_size)
     # OpenCLIP pads with token 0, CLIP with the end token, whatever the tokenizer's own settings are.
     read_tokenizer.pad_token = "!" if second else read_tokenizer.eos_token
-    text = TextEncoder(text_config, read_tokenizer)
-    with torch.device("meta"):
-        unet, vae = UNet(unet_config), VAE(SD_VAE)
+    parts.text.tokenizer = read_tokenizer
     groups: dict[str, list[tuple[str, _Source]]] = {"unet": [], "vae": [], "text": []}
-    for key, source in tensors.items():
+    for key, source in _open(path).items():
         part, found = ldm.translate(key, second)
         groups[part] += [(name, replace(source, rows=rows)) for name, rows in found]
         if not found and not ldm.ignored(key, second):
             raise CheckpointError(
                 f"{path} holds {key}, which is no part of Stable Diffusion; remove it or convert the file"
             )
-    _fill(unet, groups["unet"], path, dtype)
-    _fill(vae, groups["vae"], path, dtype)
-    _fill(text.model, groups["text"], path, dtype, name=_bare_text_name)
-    return Parts(unet, vae, text, replace(SD_SCHEDULE, prediction_type="v_prediction" if predicts_v else "epsilon"))
+    _fill(parts.unet, groups["unet"], path, dtype)
+    _fill(parts.vae, groups["vae"], path, dtype)
+    _fill(parts.text.model, groups["text"], path, dtype, name=_bare_text_name)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

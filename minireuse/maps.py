@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,24 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from minireuse.kept import Block, Kept
 from minireuse.reuse import ReuseCache, ReusePlan, Site, StepPlan
 from minireuse.samplers import Denoise
 
 END = "</w>"  # of a token that ends a word (CLIP's byte-pair encoding)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handed(Kept):
+    """A map that is handed on whole, before it meets the values, instead of being kept."""
+
+    then: Callable[[Tensor], object]
+
+    def blocks(self) -> Iterator[Block]:
+        yield slice(None), slice(None), slice(None)
+
+    def __setitem__(self, block: Block, probs: Tensor) -> None:
+        self.then(probs)
 
 
 class Watcher(ReuseCache):
@@ -26,6 +41,10 @@ class Watcher(ReuseCache):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.call = 0
+
+    def hold(self, site: Site, shape: Sequence[int], step: StepPlan, like: Tensor) -> Kept:
+        """Takes the map in one piece and gives it to `store`, which may look at it or change it."""
+        return Handed(like, then=lambda probs: self.store(site, probs, step, like.dtype))
 
     def wrap(self, denoise: Denoise) -> Denoise:
         """The same `denoise`, while this learns which call it is."""

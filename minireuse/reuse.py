@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minireuse.kept import DTYPES, Kept
+
 KINDS = ("map", "out", "deep")
 
 
@@ -181,10 +183,8 @@ class ReusePlan:
         """
         own = {site: site for site in sites}
         if unknown := [s for s in self.sites if s not in own]:
-            raise PlanError(
-                f"the plan names {unknown[0].kind} of {unknown[0].address} and {len(unknown) - 1} more sites that this "
-                "model lacks; build the plan from this model's sites"
-            )
+            first = f"{unknown[0].kind} of {unknown[0].address} and {len(unknown) - 1} more sites"
+            raise PlanError(f"the plan names {first} that this model lacks; build the plan from this model's sites")
         return ReusePlan(self.mask, tuple(own[s] for s in self.sites), self.guided)
 
     def check_calls(self, calls: int, sampler: str) -> None:
@@ -270,7 +270,7 @@ def _parse(drawn: Any, calls: int, where: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Entry:
-    value: Tensor
+    kept: Kept
     dtype: torch.dtype  # of the computation that wrote it
     guided: bool
 
@@ -278,12 +278,12 @@ class _Entry:
 class ReuseCache:
     """The tensors kept between calls: owned by the caller, one per generation, empty again at its end.
 
-    dtype: what floating-point tensors are kept in. device: where; None = where they are computed.
+    dtype: what tensors are kept in; uint8 is a quarter of float32. device: where; None = where they are computed.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float16, device: torch.device | str | None = None) -> None:
-        if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise ValueError(f"cache dtype is {dtype}, expected torch.float16, torch.bfloat16 or torch.float32")
+        if dtype not in DTYPES:
+            raise ValueError(f"cache dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}")
         self.dtype = dtype
         self.device = device
         self.peak_nbytes = 0
@@ -295,38 +295,47 @@ class ReuseCache:
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
-        return sum(e.value.numel() * e.value.element_size() for e in self._entries.values())
+        return sum(entry.kept.nbytes for entry in self._entries.values())
 
     def clear(self) -> None:
         """Forget everything; the peak stays."""
         self._entries.clear()
 
+    def hold(self, site: Site, shape: Sequence[int], step: StepPlan, like: Tensor) -> Kept:
+        """Room for a map (2B, K, N, M), as in `store`, to be filled block by block by a run of `like`'s dtype."""
+        return self._keep(site, Kept.empty(shape, self.dtype, self.device or like.device), step, like.dtype)
+
     def store(self, site: Site, value: Tensor, step: StepPlan, dtype: torch.dtype) -> None:
-        """Keep `value`, computed within a run of `dtype`, for later calls.
+        """Keep a whole `value`, computed within a run of `dtype`, for later calls.
 
         Shapes: (2B, ...) in a guided call, unconditional half first; (B, ...) in others.
         """
-        # A copy even where dtype and device agree: the caller may go on to change its tensor in place.
-        kept = value.detach().to(device=self.device or value.device, dtype=self.dtype, copy=True)
+        self._keep(site, Kept.of(value, self.dtype, self.device or value.device), step, dtype)
+
+    def _keep(self, site: Site, kept: Kept, step: StepPlan, dtype: torch.dtype) -> Kept:
         self._entries[site] = _Entry(kept, dtype, step.guided)
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+        return kept
 
     def load(self, site: Site, shape: Sequence[int], step: StepPlan, like: Tensor) -> Tensor:
         """What was stored, in the dtype and on the device of `like`; dropped if this is its last read.
 
         Raises: CacheError where nothing is stored, or it was stored at another shape, dtype or guidance layout.
         """
+        return self.look_up(site, shape, step, like).read(like)
+
+    def look_up(self, site: Site, shape: Sequence[int], step: StepPlan, like: Tensor) -> Kept:
+        """What was stored, as it is kept; dropped from the cache if this is its last read. Raises: as `load`."""
         entry = self._entries.get(site)
         if entry is None:
             raise CacheError(f"nothing is cached for {site.kind} of {site.address}; was this cache used for call 0?")
-        value, guided = entry.value, entry.guided
+        kept, guided = entry.kept, entry.guided
         if site in step.half and guided:
-            unconditional, conditional = value.chunk(2)
             # Where guidance has ended T-GATE goes on with the mean of both halves' cross attention (arXiv 2404.02747).
             averaged = site.kind == "out" and site.is_cross
-            value, guided = (unconditional + conditional) / 2 if averaged else conditional, False
+            kept, guided = kept.mean_of_halves() if averaged else kept.conditional(), False
         for what, stored, wanted in (
-            ("shape", tuple(value.shape), tuple(shape)),
+            ("shape", tuple(kept.values.shape), tuple(shape)),
             ("dtype", entry.dtype, like.dtype),
             ("guidance", guided, step.guided),
         ):
@@ -337,4 +346,4 @@ class ReuseCache:
                 )
         if site in step.last:
             del self._entries[site]
-        return value.to(device=like.device, dtype=like.dtype)
+        return kept

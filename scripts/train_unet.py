@@ -9,6 +9,7 @@ with noise prediction on SD's own schedule this small model paints the right sha
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -134,9 +135,11 @@ def prepare(folder: Path, count: int, device: str, finished: Path | None = None)
     Shapes: (count, 4, 32, 32), (count, 4, 16, 16).
     """
     vae = trained_vae(folder) if finished is None else exported_vae(finished)
+    # Named after the VAE: latents of another one in the same folder would be silently wrong.
+    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in vae.parameters())).hexdigest()[:8]
     made = []
     for name, shrink in (("whole", 1), ("half", 2)):
-        path = folder / f"latents-{name}-{count}.pt"
+        path = folder / f"latents-{name}-{count}-{digest}.pt"
         if not path.exists():
             torch.save(encode_all(vae, pictures(folder, count), shrink, device), path.with_suffix(".part"))
             os.replace(path.with_suffix(".part"), path)
@@ -178,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--scenes", type=int, default=SCENES)
-    parser.add_argument("--text-steps", type=int, default=1500, help="steps on captions alone, of the text encoder")
+    parser.add_argument("--text-steps", type=int, default=600, help="steps on captions alone, of the text encoder")
     parser.add_argument("--half-steps", type=int, default=2000, help="steps on scenes of half the size")
     parser.add_argument("--steps", type=int, default=4700, help="further steps, on windows and whole scenes")
     parser.add_argument("--batch", type=int, default=32)

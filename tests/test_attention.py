@@ -51,7 +51,7 @@ def test_fused_explicit_and_stored_branches_agree(unet: UNet) -> None:
     explicit = unet(*args, StepPlan(explicit=True), None)
     storing = unet(*args, StepPlan(store=frozenset(unet.sites)), ReuseCache())
     torch.testing.assert_close(explicit, plain, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(storing, explicit, atol=0, rtol=0)
+    torch.testing.assert_close(storing, explicit, atol=1e-5, rtol=1e-5)  # block by block: sums in another order
 
 
 def test_plan_without_reuse_is_bit_identical_to_no_plan_and_stores_nothing(unet: UNet) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "minireuse"
 TIERS = (
-    ("config", "files", "journal", "command"),
+    ("config", "files", "journal", "command", "kept"),
     ("schedule", "reuse", "ranks"),
     ("layers", "samplers", "searched", "phast"),
     ("attention", "policies"),

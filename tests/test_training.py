@@ -21,7 +21,7 @@ import pack
 import train_text
 import train_unet
 import train_vae
-from data import scene_at
+from data import pictures, scene_at
 from trainer import EMA, learning_rate, train
 from world import Object, Scene
 
@@ -164,6 +164,18 @@ def test_latents_are_made_of_whole_scenes_and_of_scenes_at_half_their_size() -> 
         expected = vae.encode(torch.full((3, 3, 64, 64), 150 / 127.5 - 1))
     torch.testing.assert_close(half, expected, atol=1e-4, rtol=1e-4)
     assert train_unet.encode_all(vae, images, 1, "cpu").shape == (3, 4, 32, 32)
+
+
+def test_latents_of_another_vae_are_not_mistaken_for_ones_own(tmp_path: Path) -> None:
+    train_vae.main(["--out", str(tmp_path), "--steps", "1", "--images", "16", "--samples", "0"])
+    own, _, _ = train_unet.prepare(tmp_path, 8, "cpu")
+    torch.manual_seed(1)
+    (tmp_path / "other").mkdir()
+    save_file(VAE(train_vae.CONFIG).state_dict(), tmp_path / "other" / "diffusion_pytorch_model.safetensors")
+    other, _, vae = train_unet.prepare(tmp_path, 8, "cpu", tmp_path / "other")
+    assert not torch.allclose(own, other, atol=1e-2)
+    expected = train_unet.encode_all(vae, pictures(tmp_path, 8), 1, "cpu")
+    torch.testing.assert_close(other, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_packed_weights_come_back_to_a_part_in_254_of_their_row(tmp_path: Path) -> None:

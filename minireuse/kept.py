@@ -1,0 +1,102 @@
+"""How a tensor is kept between calls: in a floating-point type, or in 8 bits with a scale per row.
+
+Attention maps are large. They are written and read in blocks that stay in the processor's cache, and no copy of a
+whole map in another type is ever made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.uint8)
+BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**28}  # of float32 values in one block: what a core's cache holds; few launches
+
+Block = tuple[slice, slice, slice]  # images, heads, rows
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor of the cache. With a scale its values are 8-bit codes.
+
+    A map's codes are roots of its probabilities, since most of those are small, and its scales make each row sum to
+    one again. Outputs and features have signed codes, scaled by the largest of the row: of a token, of a channel.
+
+    Shapes: of maps, values (B, K, N, M) and scale (B, K, N, 1); of others values (B, R, ...) and scale (B, R, 1, ...).
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+
+    @classmethod
+    def empty(cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Kept:
+        """Room for a map. Shapes: (B, K, N, M)."""
+        scale = torch.empty(*shape[:3], 1, dtype=torch.float16, device=device) if dtype == torch.uint8 else None
+        return cls(torch.empty(*shape, dtype=dtype, device=device), scale)
+
+    @classmethod
+    def of(cls, value: Tensor, dtype: torch.dtype, device: torch.device | str) -> Kept:
+        """A copy of an output or a feature. Shapes: (B, R, ...)."""
+        if dtype != torch.uint8:
+            # A copy even where dtype and device agree: the caller may go on to change its tensor in place.
+            return cls(value.detach().to(device=device, dtype=dtype, copy=True))
+        value = value.detach().float()
+        scale = (value.abs().amax(dim=tuple(range(2, value.ndim)), keepdim=True) / 127).clamp(min=1e-7).half()
+        codes = (value / scale).round().clamp(-127, 127)
+        return cls(codes.to(device=device, dtype=torch.int8), scale.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.values, self.scale) if t is not None)
+
+    def blocks(self) -> Iterator[Block]:
+        """The parts in which a map is written and read."""
+        b, heads, rows, columns = self.values.shape
+        least = BLOCK_BYTES.get(self.values.device.type, BLOCK_BYTES["cuda"]) // 4 // columns  # rows of a block
+        height, depth = max(1, min(rows, least)), max(1, min(heads, least // rows))
+        for i, k, n in product(range(b), range(0, heads, depth), range(0, rows, height)):
+            yield slice(i, i + 1), slice(k, k + depth), slice(n, n + height)
+
+    def __setitem__(self, block: Block, probs: Tensor) -> None:
+        """Keep a part of a map. Shapes: probs (b, k, n, M), float32."""
+        if self.scale is None:
+            self.values[block] = probs
+            return
+        codes = (probs / probs.amax(dim=-1, keepdim=True)).sqrt_().mul_(255).round_()
+        self.values[block] = codes
+        self.scale[block] = codes.div_(255).square_().sum(dim=-1, keepdim=True).reciprocal_()
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """The map times v, in v's dtype. Shapes: (B, K, N, M) @ (B, K, M, d) -> (B, K, N, d)."""
+        if self.scale is None and self.values.dtype == v.dtype and self.values.device == v.device:
+            return self.values @ v
+        y = v.new_empty(*self.values.shape[:3], v.shape[-1])
+        for block in self.blocks():
+            probs = self.values[block].to(v)
+            if self.scale is None:
+                y[block] = probs @ v[block[:2]]
+            else:
+                y[block] = (probs.div_(255).square_() @ v[block[:2]]).mul_(self.scale[block].to(v))
+        return y
+
+    def read(self, like: Tensor) -> Tensor:
+        """An output or a feature, or a map that is not too large, as a tensor of `like`'s dtype and device."""
+        values = self.values.to(like)
+        if self.scale is None:
+            return values
+        return (values if self.values.dtype == torch.int8 else (values / 255).square()) * self.scale.to(like)
+
+    def mean_of_halves(self) -> Kept:
+        """The mean of the unconditional and the conditional half of a guided batch, kept in the same way."""
+        own = self.values if self.scale is None else self.scale
+        unconditional, conditional = self.read(own).chunk(2)
+        dtype = self.values.dtype if self.scale is None else torch.uint8
+        return Kept.of((unconditional + conditional) / 2, dtype, own.device)
+
+    def conditional(self) -> Kept:
+        """The second half of a guided batch."""
+        return Kept(self.values.chunk(2)[1], None if self.scale is None else self.scale.chunk(2)[1])

@@ -1,0 +1,95 @@
+"""Tensors in the cache: blocks, half precision and eight bits, against the same numbers in full."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minireuse import kept
+from minireuse.kept import Kept
+
+FLOATS = [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)]
+
+
+def a_map(*shape: int, sharpness: float = 3.0) -> torch.Tensor:
+    """Probabilities as attention gives them: a few large ones among many small."""
+    return (sharpness * torch.randn(*shape, generator=torch.Generator().manual_seed(0))).softmax(-1)
+
+
+def filled(probs: torch.Tensor, dtype: torch.dtype) -> Kept:
+    held = Kept.empty(probs.shape, dtype, "cpu")
+    for block in held.blocks():
+        held[block] = probs[block]
+    return held
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 64, 64), (1, 1, 1, 1), (3, 5, 7, 300_000), (2, 2, 1024, 1024), (2, 3, 100, 77)]
+)
+def test_blocks_cover_every_row_once(shape: tuple[int, ...]) -> None:
+    held = Kept(torch.empty(shape, device="meta"))
+    times = torch.zeros(shape[:3], dtype=torch.int)
+    for block in held.blocks():
+        times[block] += 1
+    assert (times == 1).all()
+
+
+def test_blocks_on_the_processor_are_at_most_a_mebibyte() -> None:
+    held = Kept(torch.empty(2, 8, 4096, 77))
+    sizes = [held.values[block].numel() * 4 for block in held.blocks()]
+    assert max(sizes) <= 2**20
+    assert len(sizes) < 64  # and not needlessly small
+
+
+@pytest.mark.parametrize(("dtype", "error"), FLOATS)
+def test_a_kept_map_multiplies_like_the_map(dtype: torch.dtype, error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kept.BLOCK_BYTES, "cpu", 3000)  # many blocks
+    probs, v = a_map(2, 3, 20, 77), torch.randn(2, 3, 77, 8)
+    held = filled(probs, dtype)
+    torch.testing.assert_close(held @ v, torch.einsum("bknm,bkmd->bknd", probs, v), atol=4 * error, rtol=0)
+    torch.testing.assert_close(held.read(v), probs, atol=error, rtol=0)
+    assert held.nbytes == probs.numel() * dtype.itemsize
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 3.0, 10.0])
+def test_eight_bits_keep_a_map(sharpness: float) -> None:
+    probs, v = a_map(2, 3, 20, 77, sharpness=sharpness), torch.randn(2, 3, 77, 8)
+    held = filled(probs, torch.uint8)
+    read = held.read(v)
+    torch.testing.assert_close(read.sum(-1), torch.ones(2, 3, 20), atol=1e-3, rtol=0)
+    # A root in steps of 1/255 of the row's largest: half a step off, the square is off by its slope times that.
+    largest = probs.amax(-1, keepdim=True)
+    bound = (probs * largest).sqrt() / 255 + largest / 255**2
+    assert ((read - probs).abs() <= 1.1 * bound + 2e-3 * probs).all()
+    torch.testing.assert_close(held @ v, read @ v, atol=1e-4, rtol=1e-3)
+    assert held.nbytes <= 0.26 * 4 * probs.numel()
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 32), (2, 8, 4, 4)])
+def test_eight_bits_keep_an_output_or_a_feature(shape: tuple[int, ...]) -> None:
+    value = torch.randn(shape) * torch.logspace(-3, 3, shape[1]).reshape(1, -1, *[1] * (len(shape) - 2))
+    value[0, 0] = 0
+    held = Kept.of(value, torch.uint8, "cpu")
+    largest = value.abs().flatten(2).amax(-1).reshape(*shape[:2], *[1] * (len(shape) - 2))
+    assert ((held.read(value) - value).abs() <= 0.51 * largest / 127 + 1e-3 * largest).all()
+    assert held.nbytes == value.numel() + 2 * shape[0] * shape[1]
+
+
+@pytest.mark.parametrize("dtype", kept.DTYPES)
+def test_halves(dtype: torch.dtype) -> None:
+    value = torch.randn(4, 6, 8)
+    held = Kept.of(value, dtype, "cpu")
+    torch.testing.assert_close(held.conditional().read(value), held.read(value)[2:], atol=0, rtol=0)
+    mean = (value[:2] + value[2:]) / 2
+    torch.testing.assert_close(held.mean_of_halves().read(value), mean, atol=0.05, rtol=0)
+    assert held.mean_of_halves().values.dtype == held.values.dtype
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    """A broken map must not come back as numbers: the run would paint a wrong picture instead of stopping."""
+    probs, v = a_map(1, 1, 4, 8), torch.randn(1, 1, 8, 2)
+    probs[0, 0, 1] = torch.nan
+    assert torch.isnan(filled(probs, torch.uint8) @ v)[0, 0, 1].all()
+    value = torch.randn(1, 3, 8)
+    value[0, 1, 2] = torch.inf
+    assert not torch.isfinite(Kept.of(value, torch.uint8, "cpu").read(value)[0, 1]).any()
