@@ -6,33 +6,23 @@ is an error that names it.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from minireuse import ldm
 from minireuse.config import SD1_UNET, SD2_UNET, SD_SCHEDULE, SD_VAE, ScheduleConfig, UNetConfig, VAEConfig
+from minireuse.tensors import CONVERT, PICKLES, CheckpointError, Source, complain, fill, open_file, read_json, reason
 from minireuse.text import TextEncoder
 from minireuse.unet import UNet
 from minireuse.vae import VAE
 
 HUB_TOKENIZER = "openai/clip-vit-large-patch14"
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-# A buffer that some versions of transformers saved.
-IGNORED = re.compile(r"(.*\.)?embeddings\.position_ids")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read: the message says which file, what is wrong with it, and what to do."""
 
 
 @dataclass
@@ -60,12 +50,22 @@ def describe(path: Path, prediction_type: str | None = None) -> Description:
     if path.is_dir():
         described = _describe_folder(path)
     elif path.is_file():
-        described = _describe_single_file(path, _open(path))
+        described = _describe_single_file(path, open_file(path))
     else:
         raise CheckpointError(f"no model at {path}; give a diffusers folder or an original .safetensors file")
     if prediction_type is None:
         return described
     return replace(described, schedule=replace(described.schedule, prediction_type=prediction_type))
+
+
+def empty_parts(path: Path, prediction_type: str | None = None, text_device: str = "meta") -> Parts:
+    """A checkpoint's modules without numbers or a tokenizer, on the meta device. Raises: as `describe`."""
+    described = describe(path, prediction_type)
+    with torch.device("meta"):
+        unet, vae = UNet(described.unet), VAE(described.vae)
+    with torch.device(text_device):
+        text = _build_text(described.text, path / "text_encoder" / "config.json" if path.is_dir() else path)
+    return Parts(unet, vae, text, described.schedule)
 
 
 def load_parts(
@@ -75,13 +75,8 @@ def load_parts(
 
     Raises: CheckpointError, ConfigError.
     """
-    described = describe(path, prediction_type)
-    with torch.device("meta"):
-        unet, vae = UNet(described.unet), VAE(described.vae)
-    whole = path.is_dir()
-    text = _build_text(described.text, path / "text_encoder" / "config.json" if whole else path)
-    parts = Parts(unet, vae, text, described.schedule)
-    (_fill_from_folder if whole else _fill_from_single_file)(parts, path, dtype, tokenizer)
+    parts = empty_parts(path, prediction_type, text_device="cpu")  # it has buffers that no file holds
+    (_fill_from_folder if path.is_dir() else _fill_from_single_file)(parts, path, dtype, tokenizer)
     return parts
 
 
@@ -93,16 +88,16 @@ def _build_text(config: CLIPTextConfig, path: Path) -> TextEncoder:
 
 
 def _no_text_encoder(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} is of no CLIP text encoder ({_reason(error)}); download it again")
+    return CheckpointError(f"{path} is of no CLIP text encoder ({reason(error)}); download it again")
 
 
 # --- diffusers folders ---------------------------------------------------------------------------------------------
 
 
 def _describe_folder(folder: Path) -> Description:
-    unet = UNetConfig.from_diffusers(_read_json(folder / "unet" / "config.json"))
-    vae = VAEConfig.from_diffusers(_read_json(folder / "vae" / "config.json"))
-    schedule = ScheduleConfig.from_diffusers(_read_json(folder / "scheduler" / "scheduler_config.json"))
+    unet = UNetConfig.from_diffusers(read_json(folder / "unet" / "config.json"))
+    vae = VAEConfig.from_diffusers(read_json(folder / "vae" / "config.json"))
+    schedule = ScheduleConfig.from_diffusers(read_json(folder / "scheduler" / "scheduler_config.json"))
     text = _read_text_config(folder / "text_encoder" / "config.json")
     latents = (unet.in_channels, unet.out_channels, vae.latent_channels)
     if len(set(latents)) > 1:
@@ -119,7 +114,7 @@ def _describe_folder(folder: Path) -> Description:
 
 
 def _read_text_config(path: Path) -> CLIPTextConfig:
-    raw = _read_json(path)
+    raw = read_json(path)
     kind = raw.get("model_type", "clip_text_model")
     if kind != "clip_text_model":
         raise CheckpointError(
@@ -135,43 +130,43 @@ def _read_text_config(path: Path) -> CLIPTextConfig:
 def _fill_from_folder(parts: Parts, folder: Path, dtype: torch.dtype, tokenizer: str | Path | None) -> None:
     text = parts.text
     text.tokenizer = _read_tokenizer(tokenizer or folder / "tokenizer", text.model.config.vocab_size)
-    _fill(parts.unet, _tensors(folder / "unet", "diffusion_pytorch_model").items(), folder / "unet", dtype)
+    fill(parts.unet, _tensors(folder / "unet", "diffusion_pytorch_model").items(), folder / "unet", dtype)
     vae_tensors = _tensors(folder / "vae", "diffusion_pytorch_model").items()
-    _fill(parts.vae, vae_tensors, folder / "vae", dtype, name=_modern_vae_name)
+    fill(parts.vae, vae_tensors, folder / "vae", dtype, name=_modern_vae_name)
     text_tensors = _tensors(folder / "text_encoder", "model").items()
-    _fill(text.model, text_tensors, folder / "text_encoder", dtype, name=_bare_text_name)
+    fill(text.model, text_tensors, folder / "text_encoder", dtype, name=_bare_text_name)
 
 
-def _tensors(folder: Path, stem: str) -> dict[str, _Source]:
+def _tensors(folder: Path, stem: str) -> dict[str, Source]:
     """The tensors of one model of a folder: plain file, else sharded, else a variant such as fp16."""
     plain, shards = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     variants = sorted(folder.glob(f"{stem}.*.safetensors")) if folder.is_dir() else []
     variants = [v for v in variants if not re.search(r"-\d{5}-of-\d{5}", v.name)]
     shard_variants = sorted(folder.glob(f"{stem}.safetensors.index.*.json")) if folder.is_dir() else []
     if plain.is_file():
-        return _open(plain)
+        return open_file(plain)
     if shards.is_file():
         return _open_shards(shards)
     if variants:
-        return _open(variants[0])
+        return open_file(variants[0])
     if shard_variants:
         return _open_shards(shard_variants[0])
     found = [p.name for p in sorted(folder.glob("*")) if p.suffix in PICKLES] if folder.is_dir() else []
     if found:
-        raise CheckpointError(f"{folder} holds only pickled weights ({found[0]}); {_CONVERT}")
+        raise CheckpointError(f"{folder} holds only pickled weights ({found[0]}); {CONVERT}")
     raise CheckpointError(f"{folder} holds no {stem}.safetensors; is this a complete diffusers folder?")
 
 
-def _open_shards(index: Path) -> dict[str, _Source]:
-    weight_map = _read_json(index).get("weight_map")
+def _open_shards(index: Path) -> dict[str, Source]:
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, Mapping):
         raise CheckpointError(f"{index} has no weight_map; expected a safetensors index as diffusers writes it")
-    found: dict[str, _Source] = {}
+    found: dict[str, Source] = {}
     for name in sorted(set(map(str, weight_map.values()))):
         if Path(name).name != name:
             raise CheckpointError(f"{index} names the shard {name!r}; expected a file beside the index")
-        found |= _open(index.parent / name)
-    _complain(f"{index} lists tensors that no shard holds:", set(weight_map) - set(found), "download the shards again")
+        found |= open_file(index.parent / name)
+    complain(f"{index} lists tensors that no shard holds:", set(weight_map) - set(found), "download the shards again")
     return found
 
 
@@ -190,7 +185,7 @@ def _modern_vae_name(key: str) -> str:
 # --- original single files -----------------------------------------------------------------------------------------
 
 
-def _describe_single_file(path: Path, tensors: Mapping[str, _Source]) -> Description:
+def _describe_single_file(path: Path, tensors: Mapping[str, Source]) -> Description:
     width = tensors.get(ldm.CONTEXT_KEY)
     configs: dict[tuple[int, ...], UNetConfig] = {(768,): SD1_UNET, (1024,): SD2_UNET}
     if width is None or width.shape[-1:] not in configs:
@@ -214,113 +209,20 @@ def _fill_from_single_file(parts: Parts, path: Path, dtype: torch.dtype, tokeniz
     # OpenCLIP pads with token 0, CLIP with the end token, whatever the tokenizer's own settings are.
     read_tokenizer.pad_token = "!" if second else read_tokenizer.eos_token
     parts.text.tokenizer = read_tokenizer
-    groups: dict[str, list[tuple[str, _Source]]] = {"unet": [], "vae": [], "text": []}
-    for key, source in _open(path).items():
+    groups: dict[str, list[tuple[str, Source]]] = {"unet": [], "vae": [], "text": []}
+    for key, source in open_file(path).items():
         part, found = ldm.translate(key, second)
         groups[part] += [(name, replace(source, rows=rows)) for name, rows in found]
         if not found and not ldm.ignored(key, second):
             raise CheckpointError(
                 f"{path} holds {key}, which is no part of Stable Diffusion; remove it or convert the file"
             )
-    _fill(parts.unet, groups["unet"], path, dtype)
-    _fill(parts.vae, groups["vae"], path, dtype)
-    _fill(parts.text.model, groups["text"], path, dtype, name=_bare_text_name)
+    fill(parts.unet, groups["unet"], path, dtype)
+    fill(parts.vae, groups["vae"], path, dtype)
+    fill(parts.text.model, groups["text"], path, dtype, name=_bare_text_name)
 
 
-# --- files ---------------------------------------------------------------------------------------------------------
-
-_CONVERT = (
-    "pickles can run code and are not read: load it with a trusted tool and save it as .safetensors "
-    "(diffusers: pipeline.save_pretrained(folder, safe_serialization=True))"
-)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """One tensor of a file, not yet read."""
-
-    file: Any  # open: reading the header again for each of a thousand tensors would take seconds
-    path: Path
-    key: str
-    shape: tuple[int, ...]
-    rows: tuple[int, int] | None = None  # a third of a fused projection: these rows of so many equal parts
-
-    def read(self) -> Tensor:
-        tensor: Tensor = self.file.get_tensor(self.key)
-        return tensor if self.rows is None else torch.atleast_1d(tensor).tensor_split(self.rows[1])[self.rows[0]]
-
-
-def _open(path: Path) -> dict[str, _Source]:
-    """The tensors of a safetensors file; only its header is read. Raises: CheckpointError."""
-    if path.suffix in PICKLES:
-        raise CheckpointError(f"{path} is a pickle by its name; {_CONVERT}")
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; the download may be incomplete")
-    try:
-        file = safe_open(str(path), framework="pt")
-        return {key: _Source(file, path, key, tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        # Looked at only now: a valid file may begin with these bytes too, which are the length of its header.
-        with path.open("rb") as raw:
-            start = raw.read(2)
-        if start == b"PK" or (start[:1] == b"\x80" and start[1:] <= b"\x05"):
-            raise CheckpointError(f"{path} is a pickle by its content; {_CONVERT}") from None
-        raise CheckpointError(f"{path} is not a valid safetensors file ({error}); download it again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({_reason(error)}); check its permissions") from None
-
-
-def _fill(
-    module: nn.Module,
-    sources: Iterable[tuple[str, _Source]],
-    where: Path,
-    dtype: torch.dtype,
-    name: Callable[[str], str] = lambda key: key,
-) -> None:
-    """Give every parameter of `module` its tensor. Raises: CheckpointError for missing, extra or mis-shaped ones."""
-    wanted = {name(key): (key, tensor) for key, tensor in module.state_dict().items()}
-    given: dict[str, _Source] = {}
-    for key, source in sources:
-        if not IGNORED.fullmatch(key):
-            other = given.setdefault(name(key), source)
-            if other is not source:
-                raise CheckpointError(f"{where} holds both {other.key} and {source.key}, which are one; remove either")
-    if len(files := {source.path for source in given.values()}) == 1:
-        where = files.pop()
-    why = "it is of another model than its config says"
-    _complain(f"{where} lacks", set(wanted) - set(given), f"it is incomplete, or {why.removeprefix('it is ')}")
-    _complain(f"{where} has unknown", [given[key].key for key in set(given) - set(wanted)], why)
-    state: dict[str, Tensor] = {}
-    mis_shaped = []
-    for key, (own_key, parameter) in wanted.items():
-        tensor = given[key].read()
-        if tensor.ndim == 4 and parameter.ndim == 2 and tensor.shape[2:] == (1, 1):
-            tensor = tensor[:, :, 0, 0]  # a 1x1 convolution in older layouts, a linear layer here
-        if tensor.shape != parameter.shape:
-            mis_shaped.append(f"{given[key].key} {tuple(tensor.shape)} instead of {tuple(parameter.shape)}")
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{where}: {given[key].key} is {tensor.dtype}; quantized weights are not supported")
-        state[own_key] = tensor.to(dtype)
-    _complain(f"{where} has mis-shaped", mis_shaped, why)
-    module.load_state_dict(state, assign=True)
-
-
-def _complain(what: str, keys: Iterable[str], why: str) -> None:
-    if names := sorted(keys):
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise CheckpointError(f"{what} {', '.join(names[:3])}{more}; {why}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise CheckpointError(f"{path} is missing or unreadable; is this a complete diffusers folder?") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds {type(data).__name__}, expected a JSON object; download it again")
-    return data
+# --- tokenizers ----------------------------------------------------------------------------------------------------
 
 
 def _read_tokenizer(source: str | Path, vocabulary: int) -> CLIPTokenizer:
@@ -335,7 +237,7 @@ def _read_tokenizer(source: str | Path, vocabulary: int) -> CLIPTokenizer:
             folder = Path(snapshot_download(source, allow_patterns=["vocab.json", "merges.txt", "*token*.json"]))
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers and the hub raise many kinds, network errors among them
-        raise CheckpointError(f"no CLIP tokenizer could be read from {source} ({_reason(error)}); {advice}") from None
+        raise CheckpointError(f"no CLIP tokenizer could be read from {source} ({reason(error)}); {advice}") from None
     # Some versions of transformers read a folder without files as a tokenizer of two tokens.
     if not 256 <= len(tokenizer) <= vocabulary:
         raise CheckpointError(
@@ -343,8 +245,3 @@ def _read_tokenizer(source: str | Path, vocabulary: int) -> CLIPTokenizer:
             f"(as the text encoder); {advice}"
         )
     return tokenizer
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, for a message of one sentence."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -25,7 +25,8 @@ from minireuse.distribution import EXTRACTORS, Follow, prompt_check, score_all
 from minireuse.files import read_prompts, write_whole
 from minireuse.journal import Journal
 from minireuse.metrics import fidelity, ssim
-from minireuse.pipeline import Pipeline, load
+from minireuse.options import add_model_options, load_model
+from minireuse.pipeline import Pipeline
 from minireuse.policies import build, policies_for, takes_count
 from minireuse.ranks import Ranks, shared_status
 from minireuse.render import Renderer
@@ -71,10 +72,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--check", type=Path, metavar="FILE.py", help="scores prompt-following; default: ours, for our model"
     )
-    p.add_argument("--model", type=Path, metavar="PATH")
-    p.add_argument("--tokenizer", metavar="PATH|NAME")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="auto")
+    add_model_options(p)
     p.add_argument("--out", type=Path, required=True, help="a folder: results.json, table.md, plots, images")
     p.add_argument("--quiet", action="store_true", help="no progress bars")
     return p
@@ -101,7 +99,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         args.policies = [*DEFAULT, *dict.fromkeys(f"steps:{max(1, round(args.steps * f))}" for f in FEWER)]
     prompts = read_prompts(args.prompts_file, args.model, "evaluation", args.prompts, "--prompts")
     follow = prompt_check(args.check, shipped=args.model is None)
-    pipeline = load(args.model, device=ranks.device(args.device), dtype=args.dtype, tokenizer=args.tokenizer)
+    pipeline = load_model(args, ranks.device(args.device))
     rows = make_rows(args, pipeline)
     if args.against not in {row.name for row in rows}:
         raise ValueError(f"--against is {args.against!r}, expected one of {', '.join(row.name for row in rows)}")

@@ -53,7 +53,8 @@ def load(
 ) -> Pipeline:
     """Load a model: None is the one shipped with the package, a folder is in diffusers' layout, a file in LDM's.
 
-    device: auto takes cuda, then mps, then cpu. dtype: auto is float16 on cuda, else float32.
+    device: auto takes cuda, then mps, then cpu; meta reads no weights, for looking at sites and plans.
+    dtype: auto is float16 on cuda, else float32.
     prediction_type: epsilon or v_prediction, where the checkpoint does not tell or tells wrongly.
     tokenizer: a folder or hub name, for single files, which carry none.
 
@@ -63,7 +64,11 @@ def load(
         raise ValueError(f"prediction_type is {prediction_type!r}, expected one of {', '.join(PREDICTION_TYPES)}")
     place = _device(device)
     precision = _dtype(dtype, place)
-    parts = checkpoint.load_parts(Path(path or shipped_model()), precision, prediction_type, tokenizer)
+    folder = Path(path or shipped_model())
+    if place.type == "meta":
+        parts = checkpoint.empty_parts(folder, prediction_type)
+    else:
+        parts = checkpoint.load_parts(folder, precision, prediction_type, tokenizer)
     # Convolutions are faster with channels last on CUDA's tensor cores and in oneDNN.
     unet = parts.unet.to(place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     vae = parts.vae.to(place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -119,8 +124,11 @@ class Pipeline:
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that tell this U-Net's weights, as they were loaded, from others.
 
-        A model stored in half precision has the same ones in float32, which holds its weights exactly.
+        A model stored in half precision has the same ones in float32, which holds its weights exactly. Without weights,
+        on the meta device, there are none.
         """
+        if self.device.type == "meta":
+            return ""
         digest = hashlib.sha256()
         for tensor in self.unet.parameters():
             digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
@@ -141,6 +149,22 @@ class Pipeline:
     def calls(self, sampler: str, steps: int, strength: float | None = None) -> int:
         """The number of U-Net calls of a run, which a plan has to match."""
         return count_calls(_sampler(sampler), self.schedule, self.timesteps(steps, strength))
+
+    def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """The height and width of the latents of an image; None is what the model was trained at.
+
+        Units: pixels. Raises: ValueError for a size that the model cannot make.
+        """
+        factor, config = self.vae.config.factor, self.unet.config
+        unit = factor * config.divisor
+        size = []
+        for name, pixels in (("height", height), ("width", width)):
+            pixels = config.sample_size * factor if pixels is None else pixels
+            if pixels < unit or pixels % unit:
+                near = max(unit, pixels // unit * unit)
+                raise ValueError(f"{name} is {pixels}, expected a multiple of {unit} such as {near} or {near + unit}")
+            size.append(pixels // factor)
+        return size[0], size[1]
 
     @torch.inference_mode()
     def generate(
@@ -234,17 +258,9 @@ class Pipeline:
         t: float,
     ) -> Tensor:
         """The latents the sampler starts from. Shapes: -> (B, 4, h, w) float32."""
-        factor, config = self.vae.config.factor, self.unet.config
         if init_images is not None:
             size = self._check_images(init_images, len(generators), size)
-        shape = [config.in_channels]
-        for name, pixels in zip(("height", "width"), size, strict=True):
-            pixels = config.sample_size * factor if pixels is None else pixels
-            unit = factor * config.divisor
-            if pixels < unit or pixels % unit:
-                near = max(unit, pixels // unit * unit)
-                raise ValueError(f"{name} is {pixels}, expected a multiple of {unit} such as {near} or {near + unit}")
-            shape.append(pixels // factor)
+        shape = (self.unet.config.in_channels, *self.latent_size(*size))
         if latents is not None and tuple(latents.shape) != (len(generators), *shape):
             expected = (len(generators), *shape)
             raise ValueError(

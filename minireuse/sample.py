@@ -23,15 +23,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minireuse.command import exit_status
-from minireuse.config import PREDICTION_TYPES
 from minireuse.files import read_lines, write_whole
+from minireuse.forecast import forecast
 from minireuse.maps import MapRecorder, words_of
-from minireuse.pipeline import ATTENTIONS, Pipeline, load
+from minireuse.options import CACHE_DTYPES, add_model_options, load_model, mebibytes
+from minireuse.pipeline import ATTENTIONS, Pipeline
 from minireuse.policies import POLICIES, build, policies_for, select
 from minireuse.reuse import KINDS, ReuseCache, ReusePlan
 from minireuse.samplers import SAMPLERS
 
-DTYPES = ("float32", "float16", "bfloat16")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -63,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--steps", type=int, default=20)
     how.add_argument("--guidance-scale", type=float, default=7.5, help="1 is off")
     how.add_argument("--eta", type=float, default=0.0, help="noise added by ddim, 0 none to 1")
+    how.add_argument("--attention", choices=ATTENTIONS, default="fused", help="kernel of calls that keep no map")
+    how.add_argument("--batch-size", type=int, default=4, metavar="N", help="images sampled together")
     reuse = p.add_argument_group("what to reuse")
     policy_help = f"{', '.join(POLICIES)} (with knobs: deepcache:every=3), a plan file, or several joined by |"
     reuse.add_argument("--policy", default="none", metavar="POLICY", help=policy_help)
@@ -71,21 +73,13 @@ def parser() -> argparse.ArgumentParser:
     reuse.add_argument(
         "--kind", choices=KINDS, default="map", help="attention maps, attention outputs, or deep features"
     )
-    reuse.add_argument("--cache-dtype", choices=DTYPES, default="float16")
-    model = p.add_argument_group("model and machine")
-    model.add_argument(
-        "--model", type=Path, metavar="PATH", help="diffusers folder or .safetensors file; default: ours"
-    )
-    model.add_argument("--tokenizer", metavar="PATH|NAME", help="for single files: a folder or a name on the hub")
-    model.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="if the checkpoint is wrong")
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    model.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
-    model.add_argument("--attention", choices=ATTENTIONS, default="fused", help="kernel of calls that keep no map")
-    model.add_argument("--batch-size", type=int, default=4, metavar="N", help="images sampled together")
+    reuse.add_argument("--cache-dtype", choices=CACHE_DTYPES, default="float16")
+    add_model_options(p)
     out = p.add_argument_group("output")
     out.add_argument("--out", type=Path, metavar="PATH", help="file for one image, folder for several")
     out.add_argument("--save-maps", type=Path, metavar="DIR", help="write every attention map as a picture, too")
     out.add_argument("--overwrite", action="store_true", help="replace files instead of taking the next free number")
+    out.add_argument("--dry-run", action="store_true", help="only tell what the cache will hold; no weights are read")
     out.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     out.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
     return p
@@ -101,11 +95,15 @@ def tell(args: argparse.Namespace, report: dict[str, Any]) -> None:
     """Print what was done: JSON, a line, or nothing."""
     if args.json:
         print(json.dumps(report, indent=2))
+    elif args.dry_run:
+        for site, size in report["sites"].items():
+            print(f"{mebibytes(size):>14}  {site}")
+        print(f"{mebibytes(report['cache_peak_bytes']):>14}  at once, for a batch of {report['batch']}")
     elif not args.quiet:
         calls, reused = report["calls"], report["reused"]
         files = report["images"][0] if len(report["images"]) == 1 else f"{len(report['images'])} images"
-        peak = report["cache_peak_bytes"] / 2**20
-        print(f"{report['seconds']:.2f} s, {calls} calls ({reused} reused), cache peak {peak:.1f} MiB, {files}")
+        peak = mebibytes(report["cache_peak_bytes"])
+        print(f"{report['seconds']:.2f} s, {calls} calls ({reused} reused), cache peak {peak}, {files}")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -119,13 +117,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     written: list[Path] = []
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}, expected 1 or more")
-    pipeline = load(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        prediction_type=args.prediction_type,
-        tokenizer=args.tokenizer,
-    )
+    pipeline = load_model(args, "meta" if args.dry_run else None)
     init_image = None if args.init_image is None else _read_image(args.init_image, args, pipeline)
     strength = None if init_image is None else args.strength
     calls = pipeline.calls(args.sampler, args.steps, strength)
@@ -138,6 +130,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         kind=args.kind,
         policies=policies_for(args.policy, args.model, args.sampler, lambda: pipeline.fingerprint),
     )
+    if args.dry_run:
+        return foretell(args, pipeline, plan, min(len(jobs), args.batch_size))
 
     seconds, peak = 0.0, 0
     batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
@@ -184,6 +178,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "steps": args.steps,
         "seeds": seeds,
         "model": _model_name(args),
+    }
+
+
+def foretell(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, batch: int) -> dict[str, Any]:
+    """What `--dry-run` tells: the bytes that a batch will keep, by site and at its fullest moment."""
+    found = forecast(
+        pipeline.unet,
+        plan,
+        batch=batch,
+        size=pipeline.latent_size(args.height, args.width),
+        tokens=pipeline.text.length,
+        guided=args.guidance_scale != 1,
+        cache_dtype=getattr(torch, args.cache_dtype),
+    )
+    return {
+        "sites": {f"{site.kind} of {site.address}": size for site, size in found.sites.items()},
+        "cache_peak_bytes": found.peak,
+        "cache_dtype": args.cache_dtype,
+        "batch": batch,
+        "calls": plan.calls,
+        "reused": plan.reused,
+        "plan": plan.grid,
     }
 
 

@@ -25,7 +25,8 @@ from minireuse.costs import Costs, measure, measured_latency
 from minireuse.files import read_prompts, write_whole
 from minireuse.journal import Journal
 from minireuse.metrics import fidelity
-from minireuse.pipeline import Pipeline, load
+from minireuse.options import add_model_options, load_model
+from minireuse.pipeline import Pipeline
 from minireuse.policies import hurry, select
 from minireuse.ranks import Ranks, shared_status
 from minireuse.render import Renderer
@@ -57,10 +58,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--check", type=int, default=8, metavar="N", help="further prompts, for scoring the plan found")
     p.add_argument("--first", action="store_true", help="take the first move that improves, not the best of all")
     p.add_argument("--budget", metavar="N|Nmin", help="stop after so many U-Net calls of this run, or minutes")
-    p.add_argument("--model", type=Path, metavar="PATH")
-    p.add_argument("--tokenizer", metavar="PATH|NAME")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="auto")
+    add_model_options(p)
     p.add_argument("--out", type=Path, required=True, help="plan file; a folder for several K")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     return p
@@ -107,7 +105,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     prompts = read_prompts(
         args.prompts_file, args.model, "calibration", args.prompts + args.check, "--prompts or --check"
     )
-    pipeline = load(args.model, device=ranks.device(args.device), dtype=args.dtype, tokenizer=args.tokenizer)
+    pipeline = load_model(args, ranks.device(args.device))
     jobs = make_jobs(args, pipeline)
     for job in jobs:
         if job.out.exists() and not job.journal.exists():

@@ -183,7 +183,7 @@ def test_every_option_arrives_where_it_belongs(
         return original(self, prompts, **given)
 
     original = minireuse.Pipeline.generate
-    monkeypatch.setattr(sample, "load", load)
+    monkeypatch.setattr("minireuse.options.load", load)
     monkeypatch.setattr(minireuse.Pipeline, "generate", generate)
     options = (
         "--negative-prompt cross --sampler plms --guidance-scale 3 --eta 0.25 --attention explicit --width 24 --seed 9"

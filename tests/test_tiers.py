@@ -9,14 +9,14 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "minireuse"
 TIERS = (
-    ("config", "files", "journal", "command", "kept"),
+    ("config", "files", "journal", "command", "kept", "tensors"),
     ("schedule", "reuse", "ranks"),
     ("layers", "samplers", "searched", "phast"),
     ("attention", "policies"),
     ("unet", "vae", "text", "ldm", "budget"),
     ("guidance", "checkpoint", "metrics"),
     ("pipeline",),
-    ("render", "costs", "maps", "distribution"),
+    ("render", "costs", "maps", "distribution", "forecast", "options"),
     ("report",),
     ("sample", "search", "evaluate"),
 )

@@ -1,0 +1,67 @@
+"""How many bytes a plan's cache will hold, told before the run: the U-Net follows the plan without numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minireuse.kept import Kept
+from minireuse.reuse import ReuseCache, ReusePlan, Site, StepPlan
+from minireuse.unet import UNet
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes of the cache: of each site that is ever stored, and at the fullest moment of the run."""
+
+    sites: dict[Site, int]
+    peak: int
+
+
+class _Ledger(ReuseCache):
+    """Notes what it is given to keep, on the device where tensors have shapes and no numbers."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.sites: dict[Site, int] = {}
+
+    def _keep(self, site: Site, kept: Kept, step: StepPlan, dtype: torch.dtype) -> Kept:
+        self.sites[site] = max(kept.nbytes, self.sites.get(site, 0))
+        return super()._keep(site, kept, step, dtype)
+
+
+def forecast(
+    unet: UNet,
+    plan: ReusePlan,
+    *,
+    batch: int,
+    size: Sequence[int],
+    tokens: int = 77,
+    guided: bool = True,
+    cache_dtype: torch.dtype = torch.float16,
+) -> Forecast:
+    """What `ReuseCache.peak_nbytes` will be, to the byte, for one batch of `Pipeline.generate`.
+
+    unet: one on the meta device, such as that of `minireuse.load(path, device="meta")`. guided: whether there is
+    guidance (guidance_scale is not 1). tokens: M of the text encoder.
+    Shapes: size (h, w) of the latents. Units: bytes.
+    """
+    config = unet.config
+    plan = plan.on(unet.sites)
+    if not guided:
+        plan = ReusePlan(plan.mask, plan.sites, (False,) * plan.calls)
+    ledger = _Ledger(cache_dtype)
+
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(*shape, device="meta")
+
+    for call in range(plan.calls):
+        step = plan.step(call)
+        if step.store or step.reuse:
+            images = batch * (2 if step.guided else 1)
+            context = meta(images, tokens, config.cross_attention_dim)
+            unet(meta(images, config.in_channels, *size), meta(1), context, step, ledger)
+    return Forecast(ledger.sites, ledger.peak_nbytes)

@@ -1,0 +1,121 @@
+"""The tensors of safetensors files, and giving each parameter of a module its own: strictly, one for one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+# A buffer that some versions of transformers saved.
+IGNORED = re.compile(r"(.*\.)?embeddings\.position_ids")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read: the message says which file, what is wrong with it, and what to do."""
+
+
+CONVERT = (
+    "pickles can run code and are not read: load it with a trusted tool and save it as .safetensors "
+    "(diffusers: pipeline.save_pretrained(folder, safe_serialization=True))"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor of a file, not yet read."""
+
+    file: Any  # open: reading the header again for each of a thousand tensors would take seconds
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+    rows: tuple[int, int] | None = None  # a third of a fused projection: these rows of so many equal parts
+
+    def read(self) -> Tensor:
+        tensor: Tensor = self.file.get_tensor(self.key)
+        return tensor if self.rows is None else torch.atleast_1d(tensor).tensor_split(self.rows[1])[self.rows[0]]
+
+
+def open_file(path: Path) -> dict[str, Source]:
+    """The tensors of a safetensors file; only its header is read. Raises: CheckpointError."""
+    if path.suffix in PICKLES:
+        raise CheckpointError(f"{path} is a pickle by its name; {CONVERT}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; the download may be incomplete")
+    try:
+        file = safe_open(str(path), framework="pt")
+        return {key: Source(file, path, key, tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        # Looked at only now: a valid file may begin with these bytes too, which are the length of its header.
+        with path.open("rb") as raw:
+            start = raw.read(2)
+        if start == b"PK" or (start[:1] == b"\x80" and start[1:] <= b"\x05"):
+            raise CheckpointError(f"{path} is a pickle by its content; {CONVERT}") from None
+        raise CheckpointError(f"{path} is not a valid safetensors file ({error}); download it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}); check its permissions") from None
+
+
+def fill(
+    module: nn.Module,
+    sources: Iterable[tuple[str, Source]],
+    where: Path,
+    dtype: torch.dtype,
+    name: Callable[[str], str] = lambda key: key,
+) -> None:
+    """Give every parameter of `module` its tensor. Raises: CheckpointError for missing, extra or mis-shaped ones."""
+    wanted = {name(key): (key, tensor) for key, tensor in module.state_dict().items()}
+    given: dict[str, Source] = {}
+    for key, source in sources:
+        if not IGNORED.fullmatch(key):
+            other = given.setdefault(name(key), source)
+            if other is not source:
+                raise CheckpointError(f"{where} holds both {other.key} and {source.key}, which are one; remove either")
+    if len(files := {source.path for source in given.values()}) == 1:
+        where = files.pop()
+    why = "it is of another model than its config says"
+    complain(f"{where} lacks", set(wanted) - set(given), f"it is incomplete, or {why.removeprefix('it is ')}")
+    complain(f"{where} has unknown", [given[key].key for key in set(given) - set(wanted)], why)
+    state: dict[str, Tensor] = {}
+    mis_shaped = []
+    for key, (own_key, parameter) in wanted.items():
+        tensor = given[key].read()
+        if tensor.ndim == 4 and parameter.ndim == 2 and tensor.shape[2:] == (1, 1):
+            tensor = tensor[:, :, 0, 0]  # a 1x1 convolution in older layouts, a linear layer here
+        if tensor.shape != parameter.shape:
+            mis_shaped.append(f"{given[key].key} {tuple(tensor.shape)} instead of {tuple(parameter.shape)}")
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{where}: {given[key].key} is {tensor.dtype}; quantized weights are not supported")
+        state[own_key] = tensor.to(dtype)
+    complain(f"{where} has mis-shaped", mis_shaped, why)
+    module.load_state_dict(state, assign=True)
+
+
+def complain(what: str, keys: Iterable[str], why: str) -> None:
+    if names := sorted(keys):
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise CheckpointError(f"{what} {', '.join(names[:3])}{more}; {why}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointError(f"{path} is missing or unreadable; is this a complete diffusers folder?") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds {type(data).__name__}, expected a JSON object; download it again")
+    return data
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, for a message of one sentence."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
