@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from minireuse.command import exit_status
 from minireuse.files import read_lines, write_whole
-from minireuse.forecast import forecast
+from minireuse.forecast import Forecast, forecast
 from minireuse.maps import MapRecorder, words_of
-from minireuse.options import CACHE_DTYPES, add_model_options, load_model, mebibytes
+from minireuse.memory import choose, weigh
+from minireuse.options import CACHE_DTYPES, add_model_options, load_model, mebibytes, parse_bytes
 from minireuse.pipeline import ATTENTIONS, Pipeline
 from minireuse.policies import POLICIES, build, policies_for, select
 from minireuse.reuse import KINDS, ReuseCache, ReusePlan
@@ -74,6 +75,9 @@ def parser() -> argparse.ArgumentParser:
         "--kind", choices=KINDS, default="map", help="attention maps, attention outputs, or deep features"
     )
     reuse.add_argument("--cache-dtype", choices=CACHE_DTYPES, default="float16")
+    reuse.add_argument(
+        "--cache-budget", metavar="SIZE", help="let only so many sites reuse that the cache stays below this: 512MiB"
+    )
     add_model_options(p)
     out = p.add_argument_group("output")
     out.add_argument("--out", type=Path, metavar="PATH", help="file for one image, folder for several")
@@ -115,6 +119,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.save_maps is not None and args.save_maps.exists() and any(args.save_maps.iterdir()):
         raise ValueError(f"--save-maps {args.save_maps} is not empty; name a new folder")
     written: list[Path] = []
+    if args.dry_run and args.cache_budget is not None:
+        raise ValueError("--cache-budget measures with the model's weights, --dry-run reads none; give one of them")
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}, expected 1 or more")
     pipeline = load_model(args, "meta" if args.dry_run else None)
@@ -130,8 +136,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         kind=args.kind,
         policies=policies_for(args.policy, args.model, args.sampler, lambda: pipeline.fingerprint),
     )
+    batch = min(len(jobs), args.batch_size)
     if args.dry_run:
-        return foretell(args, pipeline, plan, min(len(jobs), args.batch_size))
+        return foretell(args, pipeline, plan, batch)
+    if args.cache_budget is not None:
+        plan = within_budget(args, pipeline, plan, batch, jobs[0])
 
     seconds, peak = 0.0, 0
     batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
@@ -183,15 +192,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def foretell(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, batch: int) -> dict[str, Any]:
     """What `--dry-run` tells: the bytes that a batch will keep, by site and at its fullest moment."""
-    found = forecast(
-        pipeline.unet,
-        plan,
-        batch=batch,
-        size=pipeline.latent_size(args.height, args.width),
-        tokens=pipeline.text.length,
-        guided=args.guidance_scale != 1,
-        cache_dtype=getattr(torch, args.cache_dtype),
-    )
+    found = _forecast(args, pipeline, plan, batch)
     return {
         "sites": {f"{site.kind} of {site.address}": size for site, size in found.sites.items()},
         "cache_peak_bytes": found.peak,
@@ -201,6 +202,44 @@ def foretell(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, batc
         "reused": plan.reused,
         "plan": plan.grid,
     }
+
+
+def within_budget(
+    args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, batch: int, job: tuple[str, int]
+) -> ReusePlan:
+    """The plan with as many sites as `--cache-budget` has room for, chosen on the first image; tells which."""
+    budget = parse_bytes(args.cache_budget)
+    empty = load_model(args, "meta")
+    if _forecast(args, empty, plan, batch).peak <= budget:
+        return plan
+    shares = weigh(
+        pipeline,
+        plan.on(pipeline.sites),
+        job[0],
+        seed=job[1],
+        steps=args.steps,
+        sampler=args.sampler,
+        guidance_scale=args.guidance_scale,
+        cache_dtype=getattr(torch, args.cache_dtype),
+    )
+    fitting, names = choose(plan, shares, lambda p: _forecast(args, empty, p, batch).peak, budget)
+    for name, share in shares.items():
+        does = "reuses" if name in names else "computes"
+        effect = f"squared error {share.damage:.3g}, {1000 * share.saved:.1f} ms saved a call"
+        print(f"note: {name} {does} ({effect})", file=sys.stderr)
+    return fitting
+
+
+def _forecast(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, batch: int) -> Forecast:
+    return forecast(
+        pipeline.unet,
+        plan,
+        batch=batch,
+        size=pipeline.latent_size(args.height, args.width),
+        tokens=pipeline.text.length,
+        guided=args.guidance_scale != 1,
+        cache_dtype=getattr(torch, args.cache_dtype),
+    )
 
 
 def _cache(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, prompts: list[str], first: int) -> ReuseCache:

@@ -17,7 +17,7 @@ TIERS = (
     ("guidance", "checkpoint", "metrics"),
     ("pipeline",),
     ("render", "costs", "maps", "distribution", "forecast", "options"),
-    ("report",),
+    ("report", "memory"),
     ("sample", "search", "evaluate"),
 )
 TIER = {name: tier for tier, names in enumerate(TIERS) for name in names}

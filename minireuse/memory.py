@@ -1,0 +1,86 @@
+"""A plan within an amount of memory: which groups of sites reuse, by what each costs in fidelity and saves in time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from minireuse.budget import groups_of
+from minireuse.costs import measure
+from minireuse.pipeline import Pipeline
+from minireuse.reuse import ReuseCache, ReusePlan, Site
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one group of sites does to a run when it alone follows the plan.
+
+    Units: damage in squared steps of a pixel (0 to 255), on average; saved in seconds of a U-Net call.
+    """
+
+    sites: tuple[Site, ...]
+    damage: float
+    saved: float
+
+
+def restrict(plan: ReusePlan, sites: Sequence[Site]) -> ReusePlan:
+    """The plan for these sites alone; the others compute."""
+    chosen = [site in set(sites) for site in plan.sites]
+    kept = tuple(site for site, stays in zip(plan.sites, chosen, strict=True) if stays)
+    return ReusePlan(plan.mask[:, chosen], kept, plan.guided)
+
+
+def choose(
+    plan: ReusePlan, shares: Mapping[str, Share], peak: Callable[[ReusePlan], int], budget: int
+) -> tuple[ReusePlan, list[str]]:
+    """The groups that reuse: those of least damage for the time they save first, each if the cache still fits.
+
+    peak: bytes of a plan's cache at its fullest. A group that saves no time is left out.
+    """
+
+    def price(name: str) -> float:
+        return shares[name].damage / shares[name].saved
+
+    names: list[str] = []
+    for name in sorted((n for n in shares if shares[n].saved > 0), key=price):
+        sites = [site for n in (*names, name) for site in shares[n].sites]
+        if peak(restrict(plan, sites)) <= budget:
+            names.append(name)
+    return restrict(plan, [site for n in names for site in shares[n].sites]), names
+
+
+@torch.inference_mode()
+def weigh(
+    pipeline: Pipeline,
+    plan: ReusePlan,
+    prompt: str,
+    *,
+    seed: int,
+    steps: int,
+    sampler: str,
+    guidance_scale: float,
+    cache_dtype: torch.dtype,
+) -> dict[str, Share]:
+    """What each group of the plan's sites does to one image, and to the time of a call on this machine."""
+    groups = groups_of(plan.sites, len(pipeline.unet.config.block_out_channels))
+
+    def render(which: Sequence[Site]) -> np.ndarray:
+        return pipeline.generate(
+            prompt,
+            seeds=seed,
+            steps=steps,
+            sampler=sampler,
+            guidance_scale=guidance_scale,
+            plan=restrict(plan, which),
+            cache=ReuseCache(cache_dtype),
+        ).images.astype(float)
+
+    full = render(())
+    costs = measure(pipeline, list(groups.values()), rounds=3, cache_dtype=cache_dtype)
+    return {
+        name: Share(sites, float(np.square(render(sites) - full).mean()), -saved)
+        for (name, sites), saved in zip(groups.items(), costs.reuse, strict=True)
+    }

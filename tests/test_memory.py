@@ -1,0 +1,99 @@
+"""Choosing what may reuse within an amount of memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import minireuse
+from minireuse import sample
+from minireuse.memory import Share, choose, restrict, weigh
+from minireuse.options import parse_bytes
+from minireuse.policies import hurry, select
+from minireuse.reuse import ReusePlan, Site
+
+SITES = tuple(Site(name, "map") for name in ("a.attn1", "b.attn1", "c.attn2", "d.attn2"))
+PLAN = ReusePlan(np.array([[0, 0, 0, 0], [1, 0, 1, 1], [0, 1, 1, 1]], dtype=bool), SITES, (True, True, False))
+BYTES = dict(zip(SITES, (100, 50, 30, 1), strict=True))
+
+
+def peak(plan: ReusePlan) -> int:
+    return sum(BYTES[site] for site in plan.sites)
+
+
+def test_restricted_plans_keep_the_rows_of_their_sites() -> None:
+    part = restrict(PLAN, (SITES[3], SITES[0]))
+    assert part.sites == (SITES[0], SITES[3])
+    assert (part.mask == PLAN.mask[:, [0, 3]]).all()
+    assert part.guided == PLAN.guided
+    assert restrict(PLAN, ()).sites == ()
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (200, {"cheap", "large", "middle"}),
+        (135, {"cheap", "large"}),  # after `cheap`, `large` does less damage for its time than `middle`
+        (110, {"cheap", "middle"}),  # `large` does not fit beside it, the next one does
+        (29, set()),
+    ],
+)
+def test_least_damage_for_the_time_saved_comes_first(budget: int, expected: set[str]) -> None:
+    shares = {
+        "large": Share(SITES[:1], damage=4.0, saved=2.0),
+        "middle": Share(SITES[1:2], damage=3.0, saved=1.0),
+        "cheap": Share(SITES[2:3], damage=0.1, saved=1.0),
+        "useless": Share(SITES[3:], damage=0.0, saved=-1.0),
+    }
+    plan, names = choose(PLAN, shares, peak, budget)
+    assert set(names) == expected
+    assert peak(plan) <= budget
+    assert set(plan.sites) == {site for name in expected for site in shares[name].sites}
+
+
+def test_shares_are_those_of_each_group_alone(pipeline: minireuse.Pipeline) -> None:
+    plan = hurry(4, select(pipeline.sites), k=2)
+    settings = {"steps": 4, "sampler": "ddim", "guidance_scale": 7.5}
+    shares = weigh(pipeline, plan, "a star", seed=3, cache_dtype=torch.float16, **settings)
+    assert {site for share in shares.values() for site in share.sites} == set(plan.sites)
+    full = pipeline.generate("a star", seeds=3, steps=4).images.astype(float)
+    for share in shares.values():
+        image = pipeline.generate("a star", seeds=3, steps=4, plan=restrict(plan, share.sites)).images
+        assert share.damage == pytest.approx(np.square(image - full).mean())
+
+
+def test_the_cache_stays_within_its_budget(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--prompt", "a star", "--steps", "6", "--policy", "hurry", "--model", str(model_folder), "--json"]
+
+    def peak_of(*more: str) -> tuple[int, str]:
+        assert sample.main([*run, "--out", str(tmp_path / "a.png"), "--overwrite", *more]) == 0
+        out, err = capsys.readouterr()
+        return json.loads(out)["cache_peak_bytes"], err
+
+    whole, _ = peak_of()
+    same, said = peak_of("--cache-budget", "1GiB")
+    assert (same, said) == (whole, "")
+    less, said = peak_of("--cache-budget", f"{whole // 2}B")
+    assert less <= whole // 2
+    assert "map of self attention at resolution 0" in said
+    assert sample.main([*run, "--cache-budget", "1MiB", "--dry-run"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+    assert sample.main([*run, "--cache-budget", "plenty", "--out", str(tmp_path / "b.png")]) == 2
+    assert "'plenty' is no amount of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "number"), [("512MiB", 2**29), ("1.5 GB", 1_500_000_000), ("2gib", 2**31), ("7B", 7)])
+def test_amounts_of_memory(text: str, number: int) -> None:
+    assert parse_bytes(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "5", "MiB", "-5MiB", "5 parsecs", "nanMiB"])
+def test_other_words_are_no_amounts(text: str) -> None:
+    with pytest.raises(ValueError, match="512MiB"):
+        parse_bytes(text)
