@@ -221,11 +221,11 @@ def generalisation(study: Study, count: int = 8) -> dict[str, Any]:
 
 
 def precision(study: Study, count: int = 8) -> dict[str, Any]:
-    """Claim 8: a half-precision cache is as good as a full one."""
+    """Claim 8: a cache of half precision, or of 8 bits, is as good as a full one."""
     plan = hurry(study.steps, study.maps, k=study.steps // 2)
     prompts, seeds = list(study.prompts[:count]), list(range(count))
     made = {}
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.uint8):
         cache = ReuseCache(dtype)
         made[str(dtype).removeprefix("torch.")] = study.pipe.generate(
             prompts, seeds=seeds, steps=study.steps, plan=plan, cache=cache
@@ -237,4 +237,5 @@ def precision(study: Study, count: int = 8) -> dict[str, Any]:
     text = "PSNR to the image with a float32 cache, and MiB an image: " + ", ".join(
         f"{name} {value:.1f} dB, {size:.2f}" for name, (value, size) in rows.items()
     )
-    return {"verdict": verdict(rows["float16"][0] > 45, rows["float16"][0] < 30), "text": text, "rows": rows}
+    worst = min(value for value, _ in rows.values())
+    return {"verdict": verdict(worst > 45, rows["float16"][0] < 30), "text": text, "rows": rows}
