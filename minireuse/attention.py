@@ -5,6 +5,7 @@ Modules are named as in diffusers' checkpoints (`models/attention.py`, `models/t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,15 +26,20 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def attention_probs(q: Tensor, k: Tensor) -> Tensor:
+def attention_probs(q: Tensor, k: Tensor, scratch: Tensor | None = None) -> Tensor:
     """The attention map softmax(q k^T / sqrt(d)), in float32 whatever the inputs are.
 
-    Shapes: q (B, K, N, d), k (B, K, M, d) -> (B, K, N, M).
+    scratch: float32 memory for the map, used again and again (fresh pages cost more than the softmax); no gradients.
+    Shapes: q (B, K, N, d), k (B, K, M, d), scratch (B K N M or more,) -> (B, K, N, M).
     Source: Vaswani et al. 2017 equation 1.
     """
-    # Scaling q rather than the scores keeps half-precision scores in range.
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return scores.softmax(dim=-1, dtype=torch.float32)
+    q, k = q * q.shape[-1] ** -0.5, k.transpose(-1, -2)  # scaling the scores instead might leave half precision's range
+    if scratch is None:
+        return (q @ k).softmax(dim=-1, dtype=torch.float32)
+    shape = (*q.shape[:-1], k.shape[-1])
+    out = scratch[: math.prod(shape)].view(shape)
+    scores = torch.matmul(q, k, out=out) if q.dtype == out.dtype else q @ k
+    return torch.softmax(scores, dim=-1, dtype=torch.float32, out=out)
 
 
 def storing_attention(q: Tensor, k: Tensor, v: Tensor, kept: Kept) -> Tensor:
@@ -42,9 +48,12 @@ def storing_attention(q: Tensor, k: Tensor, v: Tensor, kept: Kept) -> Tensor:
     Block by block: what has been computed is kept and multiplied by v before it leaves the processor's cache.
     """
     y = torch.empty_like(q)
-    for block in kept.blocks():
+    blocks = list(kept.blocks())
+    size = math.prod(q[blocks[0]].shape[:3]) * k.shape[2]
+    scratch = None if torch.is_grad_enabled() else torch.empty(size, device=q.device)
+    for block in blocks:
         heads = block[:2]
-        probs = attention_probs(q[block], k[heads])
+        probs = attention_probs(q[block], k[heads], scratch)
         kept[block] = probs
         y[block] = probs.to(v.dtype) @ v[heads]
     return y

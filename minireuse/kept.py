@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.uint8)
-BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**28}  # of float32 values in one block: what a core's cache holds; few launches
+BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**28}  # of float32 values in one block: what stays in a cache, in few launches
 
 Block = tuple[slice, slice, slice]  # images, heads, rows
 

@@ -34,11 +34,11 @@ def test_blocks_cover_every_row_once(shape: tuple[int, ...]) -> None:
     assert (times == 1).all()
 
 
-def test_blocks_on_the_processor_are_at_most_a_mebibyte() -> None:
+def test_blocks_on_the_processor_are_at_most_four_mebibytes() -> None:
     held = Kept(torch.empty(2, 8, 4096, 77))
     sizes = [held.values[block].numel() * 4 for block in held.blocks()]
-    assert max(sizes) <= 2**20
-    assert len(sizes) < 64  # and not needlessly small
+    assert max(sizes) <= 2**22
+    assert len(sizes) <= 16  # and not needlessly small
 
 
 @pytest.mark.parametrize(("dtype", "error"), FLOATS)
