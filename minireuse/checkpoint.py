@@ -16,7 +16,16 @@ from huggingface_hub import snapshot_download
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from minireuse import ldm
-from minireuse.config import SD1_UNET, SD2_UNET, SD_SCHEDULE, SD_VAE, ScheduleConfig, UNetConfig, VAEConfig
+from minireuse.config import (
+    SD1_UNET,
+    SD2_UNET,
+    SD_SCHEDULE,
+    SD_VAE,
+    ScheduleConfig,
+    UNetConfig,
+    VAEConfig,
+    text_settings,
+)
 from minireuse.tensors import CONVERT, PICKLES, CheckpointError, Source, complain, fill, open_file, read_json, reason
 from minireuse.text import TextEncoder
 from minireuse.unet import UNet
@@ -58,14 +67,11 @@ def describe(path: Path, prediction_type: str | None = None) -> Description:
     return replace(described, schedule=replace(described.schedule, prediction_type=prediction_type))
 
 
-def empty_parts(path: Path, prediction_type: str | None = None, text_device: str = "meta") -> Parts:
+def empty_parts(path: Path, prediction_type: str | None = None) -> Parts:
     """A checkpoint's modules without numbers or a tokenizer, on the meta device. Raises: as `describe`."""
     described = describe(path, prediction_type)
     with torch.device("meta"):
-        unet, vae = UNet(described.unet), VAE(described.vae)
-    with torch.device(text_device):
-        text = _build_text(described.text, path / "text_encoder" / "config.json" if path.is_dir() else path)
-    return Parts(unet, vae, text, described.schedule)
+        return Parts(UNet(described.unet), VAE(described.vae), TextEncoder(described.text), described.schedule)
 
 
 def load_parts(
@@ -75,20 +81,12 @@ def load_parts(
 
     Raises: CheckpointError, ConfigError.
     """
-    parts = empty_parts(path, prediction_type, text_device="cpu")  # it has buffers that no file holds
+    parts = empty_parts(path, prediction_type)
     (_fill_from_folder if path.is_dir() else _fill_from_single_file)(parts, path, dtype, tokenizer)
+    # The one thing of any of the modules that no file holds: the numbers of the positions.
+    embeddings = next(m for m in parts.text.modules() if hasattr(m, "position_ids"))
+    embeddings.register_buffer("position_ids", torch.arange(parts.text.length)[None], persistent=False)
     return parts
-
-
-def _build_text(config: CLIPTextConfig, path: Path) -> TextEncoder:
-    try:
-        return TextEncoder(config)
-    except Exception as error:  # each version of transformers checks at its own place, with its own kinds
-        raise _no_text_encoder(path, error) from None
-
-
-def _no_text_encoder(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} is of no CLIP text encoder ({reason(error)}); download it again")
 
 
 # --- diffusers folders ---------------------------------------------------------------------------------------------
@@ -98,33 +96,20 @@ def _describe_folder(folder: Path) -> Description:
     unet = UNetConfig.from_diffusers(read_json(folder / "unet" / "config.json"))
     vae = VAEConfig.from_diffusers(read_json(folder / "vae" / "config.json"))
     schedule = ScheduleConfig.from_diffusers(read_json(folder / "scheduler" / "scheduler_config.json"))
-    text = _read_text_config(folder / "text_encoder" / "config.json")
+    text = folder / "text_encoder" / "config.json"
+    text_config = CLIPTextConfig(**text_settings(read_json(text), str(text)))
     latents = (unet.in_channels, unet.out_channels, vae.latent_channels)
     if len(set(latents)) > 1:
         raise CheckpointError(
             f"{folder}: the U-Net reads {latents[0]} channels and writes {latents[1]}, the VAE's latents have "
             f"{latents[2]}; they must agree: inpainting, upscaling and depth models are not supported"
         )
-    if text.hidden_size != unet.cross_attention_dim:
+    if text_config.hidden_size != unet.cross_attention_dim:
         raise CheckpointError(
-            f"{folder}: the text encoder is {text.hidden_size} wide, the U-Net's cross attention "
+            f"{folder}: the text encoder is {text_config.hidden_size} wide, the U-Net's cross attention "
             f"{unet.cross_attention_dim}; they must agree, so these parts do not belong together"
         )
-    return Description(unet, vae, schedule, text)
-
-
-def _read_text_config(path: Path) -> CLIPTextConfig:
-    raw = read_json(path)
-    kind = raw.get("model_type", "clip_text_model")
-    if kind != "clip_text_model":
-        raise CheckpointError(
-            f"{path}: model_type is {kind!r}, expected 'clip_text_model'; "
-            "only Stable Diffusion 1.x and 2.x text-to-image models are supported"
-        )
-    try:
-        return CLIPTextConfig.from_dict(raw)
-    except Exception as error:
-        raise _no_text_encoder(path, error) from None
+    return Description(unet, vae, schedule, text_config)
 
 
 def _fill_from_folder(parts: Parts, folder: Path, dtype: torch.dtype, tokenizer: str | Path | None) -> None:
@@ -238,6 +223,9 @@ def _read_tokenizer(source: str | Path, vocabulary: int) -> CLIPTokenizer:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers and the hub raise many kinds, network errors among them
         raise CheckpointError(f"no CLIP tokenizer could be read from {source} ({reason(error)}); {advice}") from None
+    ids, ends = tokenizer("a")["input_ids"], (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if None in ends or (ids[0], ids[-1]) != ends or len(set(ids)) < 3:
+        raise CheckpointError(f"the tokenizer in {source} does not mark where a text begins and ends; {advice}")
     # Some versions of transformers read a folder without files as a tokenizer of two tokens.
     if not 256 <= len(tokenizer) <= vocabulary:
         raise CheckpointError(

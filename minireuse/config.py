@@ -63,12 +63,12 @@ class UNetConfig:
             out_channels=reader.integer("out_channels", 4),
             block_out_channels=widths,
             attention=attention,
-            layers_per_block=reader.integer("layers_per_block", 2),
+            layers_per_block=reader.integer("layers_per_block", 2, most=16),
             heads=heads,
             cross_attention_dim=reader.integer("cross_attention_dim", 1280),
             linear_projection=reader.boolean("use_linear_projection", False),
             norm_groups=groups,
-            sample_size=reader.integer("sample_size", 64),
+            sample_size=reader.integer("sample_size", 64, most=4096),
         )
         fixed = {
             "act_fn": "silu",
@@ -148,10 +148,10 @@ class VAEConfig:
             in_channels=reader.integer("in_channels", 3),
             latent_channels=reader.integer("latent_channels", 4),
             block_out_channels=widths,
-            layers_per_block=reader.integer("layers_per_block", 2),
+            layers_per_block=reader.integer("layers_per_block", 2, most=16),
             norm_groups=groups,
             scaling_factor=reader.number("scaling_factor", 0.18215),
-            sample_size=reader.integer("sample_size", 512),
+            sample_size=reader.integer("sample_size", 512, most=32768),
         )
         reader.require(raw.get("out_channels", 3) == config.in_channels, "out_channels", "the same as in_channels")
         neutral = {
@@ -211,7 +211,7 @@ class ScheduleConfig:
         """Read any of diffusers' scheduler configurations that stem from a betas table. Raises: ConfigError."""
         reader = _Reader(raw, source)
         config = cls(
-            train_timesteps=reader.integer("num_train_timesteps", 1000),
+            train_timesteps=reader.integer("num_train_timesteps", 1000, most=100_000),
             beta_start=reader.number("beta_start", 0.0001),
             beta_end=reader.number("beta_end", 0.02),
             beta_schedule=reader.choice("beta_schedule", "linear", BETA_SCHEDULES),
@@ -242,6 +242,32 @@ class ScheduleConfig:
         }
 
 
+def text_settings(raw: Mapping[str, Any], source: str = "text_encoder/config.json") -> dict[str, Any]:
+    """What transformers' `CLIPTextConfig` is to be given of a `CLIPTextModel`'s JSON. Raises: ConfigError.
+
+    What else stands there says how the model was saved or trained.
+    """
+    reader = _Reader(raw, source)
+    reader.choice("model_type", "clip_text_model", ("clip_text_model",))
+    settings: dict[str, Any] = {
+        "hidden_size": reader.integer("hidden_size", 512),
+        "intermediate_size": reader.integer("intermediate_size", 2048, most=2**20),
+        "num_hidden_layers": reader.integer("num_hidden_layers", 12, most=100),
+        "num_attention_heads": reader.integer("num_attention_heads", 8, most=1024),
+        "max_position_embeddings": reader.integer("max_position_embeddings", 77, least=3, most=4096),
+        "vocab_size": reader.integer("vocab_size", 49408, least=256, most=2**20),
+        "hidden_act": reader.choice("hidden_act", "quick_gelu", ("quick_gelu", "gelu")),
+        "layer_norm_eps": reader.number("layer_norm_eps", 1e-5),
+        "projection_dim": reader.integer("projection_dim", 512),
+        "bos_token_id": reader.integer("bos_token_id", 49406, least=0, most=2**20),
+        "eos_token_id": reader.integer("eos_token_id", 49407, least=0, most=2**20),
+        "pad_token_id": reader.integer("pad_token_id", 1, least=0, most=2**20),
+    }
+    heads = settings["num_attention_heads"]
+    reader.require(settings["hidden_size"] % heads == 0, "num_attention_heads", "a divisor of hidden_size")
+    return settings
+
+
 SD1_UNET = UNetConfig()
 SD2_UNET = UNetConfig(heads=(5, 10, 20, 20), cross_attention_dim=1024, linear_projection=True, sample_size=96)
 SD_VAE = VAEConfig()
@@ -269,10 +295,10 @@ class _Reader:
                 "only Stable Diffusion 1.x and 2.x text-to-image models are supported"
             )
 
-    def integer(self, key: str, default: int, least: int = 1) -> int:
+    def integer(self, key: str, default: int, least: int = 1, most: int = 65536) -> int:
         value = self._get(key, default)
-        valid = isinstance(value, int) and not isinstance(value, bool) and least <= value <= 1_000_000
-        self.require(valid, key, f"a whole number from {least}")
+        valid = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+        self.require(valid, key, f"a whole number from {least} to {most}")
         return int(value)
 
     def number(self, key: str, default: float) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(targets: Iterable[Path], data: bytes, *, overwrite: bool = False) -> Path:
@@ -43,6 +45,14 @@ def _umask() -> int:
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank. Raises: OSError, UnicodeDecodeError."""
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says. Raises: ValueError, for what is nested beyond Python's own depth, too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def shipped_model() -> Path:

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from minireuse.files import parse_json
+
 
 class Journal:
     """Results by key, appended to a file as they come: JSON lines, the first of which names what the work was.
@@ -56,7 +58,7 @@ class Journal:
 
 def _record(line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return {}
     return record if isinstance(record, dict) else {}

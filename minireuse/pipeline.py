@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import operator
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,14 +126,16 @@ class Pipeline:
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that tell this U-Net's weights, as they were loaded, from others.
 
-        A model stored in half precision has the same ones in float32, which holds its weights exactly. Without weights,
-        on the meta device, there are none.
+        They come from thousands of numbers of every tensor, not from all, which would take seconds. A model stored in
+        half precision has the same ones in float32. Without weights, on the meta device, there are none.
         """
         if self.device.type == "meta":
             return ""
         digest = hashlib.sha256()
         for tensor in self.unet.parameters():
-            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+            # Channels last, as they lie in memory, so that the tensor is not copied.
+            values = (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).detach().flatten()
+            digest.update(values[:: max(1, len(values) // 4096)].to("cpu", torch.float32).numpy().tobytes())
         return digest.hexdigest()[:12]
 
     def timesteps(self, steps: int, strength: float | None = None) -> list[int]:
@@ -238,15 +242,19 @@ class Pipeline:
         self.synchronize()
         started = time.perf_counter()
         noise = lambda like: _noise(generators, like.shape[1:]).to(like)  # noqa: E731
+        finite: list[Tensor] = []  # looked at after the loop: asking the device at every step would stall it
         for step in solver(denoise, x, self.schedule, timesteps, noise=noise, **options):
             x = step.x
+            finite.append(torch.isfinite(x).flatten(1).all(dim=1))
             if on_step is not None:
                 on_step(step)
         self.synchronize()
         seconds = time.perf_counter() - started
 
-        if not torch.isfinite(x).all():
-            raise ValueError(f"sampling in {self.dtype} gave NaN or inf; try dtype float32")
+        broken = [i for i, fine in enumerate(torch.stack(finite).tolist()) if not all(fine)]
+        if broken:
+            where = f"step {broken[0] + 1} of {len(timesteps)} (t = {timesteps[broken[0]]})"
+            raise ValueError(f"the latents became NaN or inf at {where}, computed in {self.dtype}; try dtype float32")
         return Result(self.to_images(x), x, seconds, calls, cache.peak_nbytes)
 
     def _start(
@@ -288,11 +296,16 @@ class Pipeline:
     def to_images(self, latents: Tensor) -> np.ndarray:
         """Decode latents, one image at a time, so that memory does not grow with the batch.
 
-        Shapes: (B, 4, h, w) -> (B, H, W, 3) uint8. Raises: ValueError for what is not finite.
+        What overflows in half precision is decoded again in float32; a warning says so.
+        Shapes: (B, 4, h, w) -> (B, H, W, 3) uint8. Raises: ValueError for what is not finite even so.
         """
         pixels = torch.cat([self.vae.decode(z[None].to(self.dtype)).float() for z in latents])
+        if not torch.isfinite(pixels).all() and self.dtype != torch.float32:
+            warnings.warn(f"the VAE overflowed in {self.dtype}, so the images are decoded in float32", stacklevel=2)
+            vae = copy.deepcopy(self.vae).float()
+            pixels = torch.cat([vae.decode(z[None].float()) for z in latents])
         if not torch.isfinite(pixels).all():
-            raise ValueError(f"the VAE gave NaN or inf in {self.dtype}; try dtype float32 or bfloat16")
+            raise ValueError("the VAE gave NaN or inf; its weights or these latents are broken")
         images = pixels.clamp(-1, 1).add(1).mul(127.5).round().to("cpu", torch.uint8)
         return images.permute(0, 2, 3, 1).numpy()
 

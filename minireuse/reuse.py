@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minireuse.files import parse_json
 from minireuse.kept import DTYPES, Kept
 
 KINDS = ("map", "out", "deep")
@@ -242,7 +243,7 @@ class ReusePlan:
     def from_json(cls, text: str) -> ReusePlan:
         """The inverse of `to_json`. Raises: PlanError naming the field that is wrong."""
         try:
-            data = json.loads(text)
+            data = parse_json(text)
         except ValueError as error:
             raise PlanError(f"plan is not JSON ({error}); expected what ReusePlan.to_json writes") from None
         if not isinstance(data, Mapping) or data.get("format") != "minireuse-plan":

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,71 +24,19 @@ from minireuse.files import read_lines, write_whole
 from minireuse.forecast import Forecast, forecast
 from minireuse.maps import MapRecorder, words_of
 from minireuse.memory import choose, weigh
-from minireuse.options import CACHE_DTYPES, add_model_options, load_model, mebibytes, parse_bytes
+from minireuse.options import CACHE_DTYPES, load_model, mebibytes, parse_bytes, sample_parser
 from minireuse.pipeline import ATTENTIONS, Pipeline
-from minireuse.policies import POLICIES, build, policies_for, select
-from minireuse.reuse import KINDS, ReuseCache, ReusePlan
+from minireuse.policies import build, policies_for, select
+from minireuse.recipe import SHIPPED, Recipe, digest_of, from_png, to_png, versions
+from minireuse.reuse import ReuseCache, ReusePlan
 from minireuse.samplers import SAMPLERS
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, except where the default is to do nothing."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m minireuse.sample",
-        description="Generate images with Stable Diffusion, reusing attention maps between sampling steps.",
-        formatter_class=HelpFormatter,
-    )
-    what = p.add_argument_group("what to paint")
-    what.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="one or several prompts")
-    what.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt per line")
-    what.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to stay away from")
-    what.add_argument("--seed", nargs="+", type=int, default=[0], metavar="N", help="one or several seeds")
-    what.add_argument("--num-images", type=int, default=1, metavar="N", help="images per prompt, from seed upwards")
-    what.add_argument("--height", type=int, help="pixels; default: what the model was trained at")
-    what.add_argument("--width", type=int, help="pixels; default: what the model was trained at")
-    what.add_argument("--init-image", type=Path, metavar="FILE", help="start from this image instead of noise")
-    what.add_argument("--strength", type=float, default=0.8, help="how far to leave the initial image, 0 to 1")
-    how = p.add_argument_group("how to sample")
-    how.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
-    how.add_argument("--steps", type=int, default=20)
-    how.add_argument("--guidance-scale", type=float, default=7.5, help="1 is off")
-    how.add_argument("--eta", type=float, default=0.0, help="noise added by ddim, 0 none to 1")
-    how.add_argument("--attention", choices=ATTENTIONS, default="fused", help="kernel of calls that keep no map")
-    how.add_argument("--batch-size", type=int, default=4, metavar="N", help="images sampled together")
-    reuse = p.add_argument_group("what to reuse")
-    policy_help = f"{', '.join(POLICIES)} (with knobs: deepcache:every=3), a plan file, or several joined by |"
-    reuse.add_argument("--policy", default="none", metavar="POLICY", help=policy_help)
-    reuse.add_argument("--reuse", type=int, metavar="K", help="U-Net calls that reuse; default: half of them")
-    reuse.add_argument("--sites", choices=("self", "cross", "both"), default="both", help="of which attention")
-    reuse.add_argument(
-        "--kind", choices=KINDS, default="map", help="attention maps, attention outputs, or deep features"
-    )
-    reuse.add_argument("--cache-dtype", choices=CACHE_DTYPES, default="float16")
-    reuse.add_argument(
-        "--cache-budget", metavar="SIZE", help="let only so many sites reuse that the cache stays below this: 512MiB"
-    )
-    add_model_options(p)
-    out = p.add_argument_group("output")
-    out.add_argument("--out", type=Path, metavar="PATH", help="file for one image, folder for several")
-    out.add_argument("--save-maps", type=Path, metavar="DIR", help="write every attention map as a picture, too")
-    out.add_argument("--overwrite", action="store_true", help="replace files instead of taking the next free number")
-    out.add_argument("--dry-run", action="store_true", help="only tell what the cache will hold; no weights are read")
-    out.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
-    out.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
-    return p
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
-    args = parser().parse_args(argv)
+    args = sample_parser().parse_args(argv)
     return exit_status(lambda: tell(args, run(args)))
 
 
@@ -113,67 +58,61 @@ def tell(args: argparse.Namespace, report: dict[str, Any]) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Do what the arguments say. Returns what `--json` prints. Raises: ValueError, OSError for bad input."""
     started = time.perf_counter()
-    prompts, seeds = _prompts(args), _seeds(args)
-    jobs = list(itertools.product(prompts, seeds))
-    targets = _targets(args.out, len(jobs))
-    if args.save_maps is not None and args.save_maps.exists() and any(args.save_maps.iterdir()):
-        raise ValueError(f"--save-maps {args.save_maps} is not empty; name a new folder")
-    written: list[Path] = []
-    if args.dry_run and args.cache_budget is not None:
-        raise ValueError("--cache-budget measures with the model's weights, --dry-run reads none; give one of them")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size is {args.batch_size}, expected 1 or more")
+    again = None if args.from_png is None else replay(args)
+    jobs = list(itertools.product(_prompts(args), _seeds(args))) if again is None else list(again.jobs)
+    wanted = range(len(jobs)) if again is None else [again.place]
+    targets = _targets(args.out, len(wanted))
+    _check(args)
     pipeline = load_model(args, "meta" if args.dry_run else None)
+    if again is not None and again.fingerprint != pipeline.fingerprint:
+        raise ValueError(f"{args.from_png} was made by another model than {_model_name(args)}; give its with --model")
     init_image = None if args.init_image is None else _read_image(args.init_image, args, pipeline)
     strength = None if init_image is None else args.strength
     calls = pipeline.calls(args.sampler, args.steps, strength)
-    plan = build(
-        args.policy,
-        calls,
-        pipeline.sites,
-        k=args.reuse,
-        which=args.sites,
-        kind=args.kind,
-        policies=policies_for(args.policy, args.model, args.sampler, lambda: pipeline.fingerprint),
-    )
-    batch = min(len(jobs), args.batch_size)
+    plan = again.plan if again is not None else _plan(args, pipeline, calls)
     if args.dry_run:
-        return foretell(args, pipeline, plan, batch)
+        return foretell(args, pipeline, plan, min(len(jobs), args.batch_size))
     if args.cache_budget is not None:
-        plan = within_budget(args, pipeline, plan, batch, jobs[0])
+        plan = within_budget(args, pipeline, plan, min(len(jobs), args.batch_size), jobs[0])
 
-    seconds, peak = 0.0, 0
+    recipe = _recipe(args, pipeline, plan)
+    seconds, peak, written = 0.0, 0, list[Path]()
     batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
     steps = len(pipeline.timesteps(args.steps, strength)) * len(batches)
     hidden = args.quiet or args.json
     with tqdm(total=steps, desc=plan.grid or "reuse by site", unit="step", disable=hidden, dynamic_ncols=True) as bar:
-        for batch in batches:
-            cache = _cache(args, pipeline, plan, [prompt for prompt, _ in batch], len(written))
-            result = pipeline.generate(
-                [prompt for prompt, _ in batch],
-                negative_prompts=args.negative_prompt,
-                steps=args.steps,
-                sampler=args.sampler,
-                guidance_scale=args.guidance_scale,
-                seeds=[seed for _, seed in batch],
-                height=args.height,
-                width=args.width,
-                plan=plan,
-                init_images=None if init_image is None else init_image.expand(len(batch), -1, -1, -1),
-                strength=args.strength,
-                eta=args.eta,
-                cache=cache,
-                attention=args.attention,
-                on_step=lambda step: bar.update(),
-                wrap=cache.wrap if isinstance(cache, MapRecorder) else None,
-                watch=select(pipeline.sites, args.sites) if isinstance(cache, MapRecorder) else (),
-            )
+        for number, batch in enumerate(batches):
+            prompts = [prompt for prompt, _ in batch]
+            cache = _cache(args, pipeline, plan, prompts, len(written))
+            try:
+                result = pipeline.generate(
+                    prompts,
+                    negative_prompts=args.negative_prompt,
+                    steps=args.steps,
+                    sampler=args.sampler,
+                    guidance_scale=args.guidance_scale,
+                    seeds=[seed for _, seed in batch],
+                    height=args.height,
+                    width=args.width,
+                    plan=plan,
+                    init_images=None if init_image is None else init_image.expand(len(batch), -1, -1, -1),
+                    strength=args.strength,
+                    eta=args.eta,
+                    cache=cache,
+                    attention=args.attention,
+                    on_step=lambda step: bar.update(),
+                    wrap=cache.wrap if isinstance(cache, MapRecorder) else None,
+                    watch=select(pipeline.sites, args.sites) if isinstance(cache, MapRecorder) else (),
+                )
+            except RuntimeError as error:
+                raise _out_of_memory(error, args, plan, len(batch)) from error
             if isinstance(cache, MapRecorder):
                 cache.finish(result.images, (result.latents.shape[2], result.latents.shape[3]))
             seconds, peak = seconds + result.seconds, max(peak, result.cache_peak_bytes)
-            for (prompt, seed), image in zip(batch, result.images, strict=True):
-                png = _png(image, _metadata(args, prompt, seed, plan, image))
-                written.append(write_whole(targets(), png, overwrite=args.overwrite))
+            for place, image in enumerate(result.images):
+                if number * args.batch_size + place in wanted:
+                    png = to_png(image, replace(recipe, jobs=tuple(batch), place=place))
+                    written.append(write_whole(targets(), png, overwrite=args.overwrite))
     return {
         "images": [str(path) for path in written],
         "seconds": seconds,
@@ -185,9 +124,99 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "policy": args.policy,
         "sampler": args.sampler,
         "steps": args.steps,
-        "seeds": seeds,
+        "seeds": list(dict.fromkeys(jobs[i][1] for i in wanted)),
         "model": _model_name(args),
     }
+
+
+def replay(args: argparse.Namespace) -> Recipe:
+    """Set the arguments to what `--from-png` was made with. Raises: ValueError where others are given beside it."""
+    free = {"from_png", "out", "overwrite", "json", "quiet", "device", "model", "tokenizer", "save_maps", "dry_run"}
+    defaults = sample_parser()
+    given = [name for name, value in vars(args).items() if name not in free and value != defaults.get_default(name)]
+    if given:
+        raise ValueError(f"--from-png takes everything from the file; leave out --{given[0].replace('_', '-')}")
+    recipe, made_with = from_png(args.from_png)
+    if made_with != versions():
+        print(f"note: it was made with {made_with}; this is {versions()}, so pixels may differ", file=sys.stderr)
+    for name in ("negative_prompt", "sampler", "steps", "guidance_scale", "eta", "height", "width", "strength"):
+        setattr(args, name, getattr(recipe, name))
+    for name in ("attention", "dtype", "cache_dtype", "policy"):
+        setattr(args, name, getattr(recipe, name))
+    args.batch_size = len(recipe.jobs)
+    if args.model is None and recipe.model != SHIPPED:
+        args.model = Path(recipe.model)
+    if recipe.init_image:
+        path, digest = recipe.init_image
+        args.init_image = Path(path)
+        if not args.init_image.is_file() or digest_of(args.init_image) != digest:
+            raise ValueError(f"{args.from_png} began with the image {path}, which is gone or has changed; put it back")
+    return recipe
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.save_maps is not None and args.save_maps.exists() and any(args.save_maps.iterdir()):
+        raise ValueError(f"--save-maps {args.save_maps} is not empty; name a new folder")
+    if args.dry_run and args.cache_budget is not None:
+        raise ValueError("--cache-budget measures with the model's weights, --dry-run reads none; give one of them")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size is {args.batch_size}, expected 1 or more")
+    for name, known in (("sampler", SAMPLERS), ("cache_dtype", CACHE_DTYPES), ("attention", ATTENTIONS)):
+        if getattr(args, name) not in known:  # a file may say anything
+            raise ValueError(f"{name} is {getattr(args, name)!r}, expected one of {', '.join(known)}")
+
+
+def _plan(args: argparse.Namespace, pipeline: Pipeline, calls: int) -> ReusePlan:
+    return build(
+        args.policy,
+        calls,
+        pipeline.sites,
+        k=args.reuse,
+        which=args.sites,
+        kind=args.kind,
+        policies=policies_for(args.policy, args.model, args.sampler, lambda: pipeline.fingerprint),
+    )
+
+
+def _recipe(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan) -> Recipe:
+    """What all pictures of this run have in common."""
+    factor, (height, width) = pipeline.vae.config.factor, pipeline.latent_size(args.height, args.width)
+    return Recipe(
+        jobs=(),
+        place=0,
+        negative_prompt=args.negative_prompt,
+        sampler=args.sampler,
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        eta=args.eta,
+        height=factor * height,
+        width=factor * width,
+        init_image=() if args.init_image is None else (str(args.init_image), digest_of(args.init_image)),
+        strength=args.strength,
+        attention=args.attention,
+        dtype=str(pipeline.dtype).removeprefix("torch."),
+        device=str(pipeline.device),
+        cache_dtype=args.cache_dtype,
+        policy=args.policy,
+        plan=plan,
+        model=_model_name(args),
+        fingerprint=pipeline.fingerprint,
+    )
+
+
+def _out_of_memory(error: RuntimeError, args: argparse.Namespace, plan: ReusePlan, batch: int) -> Exception:
+    """The error, or, if it is that memory ran out, one that says what would help."""
+    if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error).lower():
+        return error
+    peak = mebibytes(_forecast(args, load_model(args, "meta"), plan, batch).peak)
+    return ValueError(
+        f"out of memory with a batch of {batch}, of which the cache takes up to {peak}; try --batch-size 1, "
+        "--cache-dtype uint8, --cache-budget, --sites cross, or a smaller --height and --width"
+    )
+
+
+def _model_name(args: argparse.Namespace) -> str:
+    return SHIPPED if args.model is None else str(args.model)
 
 
 def foretell(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, batch: int) -> dict[str, Any]:
@@ -297,44 +326,6 @@ def _read_image(path: Path, args: argparse.Namespace, pipeline: Pipeline) -> Ten
     except UnidentifiedImageError:
         raise ValueError(f"--init-image {path} is not an image that Pillow can read; convert it to PNG") from None
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-def _metadata(args: argparse.Namespace, prompt: str, seed: int, plan: ReusePlan, image: np.ndarray) -> dict[str, str]:
-    try:
-        own = version("minireuse")
-    except PackageNotFoundError:
-        own = "source"
-    return {
-        "prompt": prompt,
-        "negative_prompt": args.negative_prompt,
-        "seed": str(seed),
-        "sampler": args.sampler,
-        "steps": str(args.steps),
-        "guidance_scale": str(args.guidance_scale),
-        "eta": str(args.eta),
-        "init_image": "none" if args.init_image is None else f"{args.init_image}, strength {args.strength}",
-        "attention": args.attention,
-        "dtype": args.dtype,
-        "size": f"{image.shape[1]}x{image.shape[0]}",
-        "model": _model_name(args),
-        "policy": args.policy,
-        "plan": plan.to_json(),
-        "cache_dtype": args.cache_dtype,
-        "versions": f"minireuse {own}, torch {torch.__version__}, python {platform.python_version()}",
-    }
-
-
-def _model_name(args: argparse.Namespace) -> str:
-    return "shipped" if args.model is None else str(args.model)
-
-
-def _png(image: np.ndarray, metadata: dict[str, str]) -> bytes:
-    chunks = PngInfo()
-    for key, value in metadata.items():
-        chunks.add_itxt(key, value)
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, format="PNG", pnginfo=chunks)
-    return file.getvalue()
 
 
 if __name__ == "__main__":

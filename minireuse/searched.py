@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minireuse.files import shipped_model
+from minireuse.files import parse_json, shipped_model
 from minireuse.reuse import PlanError, ReusePlan, Site
 
 
@@ -28,7 +27,7 @@ class Searched:
         text = path.read_text(encoding="utf-8")
         try:
             plan = ReusePlan.from_json(text)
-            about = json.loads(text)["about"]
+            about = parse_json(text)["about"]
             model, sampler = str(about["model"]), str(about["sampler"])
         except (PlanError, KeyError, TypeError) as error:
             raise PlanError(f"{path} is not a searched plan ({error}); remove it, or search it again") from None

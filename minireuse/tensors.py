@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from minireuse.files import parse_json
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 # A buffer that some versions of transformers saved.
@@ -93,6 +94,8 @@ def fill(
             mis_shaped.append(f"{given[key].key} {tuple(tensor.shape)} instead of {tuple(parameter.shape)}")
         if not tensor.is_floating_point():
             raise CheckpointError(f"{where}: {given[key].key} is {tensor.dtype}; quantized weights are not supported")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{where}: {given[key].key} holds NaN or inf; download it again")
         state[own_key] = tensor.to(dtype)
     complain(f"{where} has mis-shaped", mis_shaped, why)
     module.load_state_dict(state, assign=True)
@@ -106,7 +109,7 @@ def complain(what: str, keys: Iterable[str], why: str) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except OSError:
         raise CheckpointError(f"{path} is missing or unreadable; is this a complete diffusers folder?") from None
     except ValueError as error:

@@ -13,7 +13,7 @@ import torch
 import minireuse
 from minireuse.policies import POLICIES, hurry, select
 from minireuse.reuse import PlanError, ReuseCache, ReusePlan
-from minireuse.samplers import SAMPLERS
+from minireuse.samplers import SAMPLERS, Denoise
 
 from conftest import relative_error
 
@@ -230,12 +230,29 @@ def test_plan_of_another_model_and_used_cache_are_refused(pipeline: minireuse.Pi
 def test_broken_numbers_are_named_not_painted(model_folder: Path) -> None:
     pipe = minireuse.load(model_folder, device="cpu")
     pipe.unet.conv_out.bias[0] = torch.nan
-    with pytest.raises(ValueError, match=r"sampling in torch\.float32 gave NaN"):
+    with pytest.raises(ValueError, match=r"NaN or inf at step 1 of 2 \(t = 501\), computed in torch\.float32"):
         pipe.generate(PROMPTS[0], steps=2)
     pipe.unet.conv_out.bias[0] = 0.0
+
+    def break_late(denoise: Denoise) -> Denoise:
+        return lambda x, t, call: denoise(x, t, call) / (call < 2)
+
+    with pytest.raises(ValueError, match=r"at step 3 of 4"):
+        pipe.generate(PROMPTS[0], steps=4, wrap=break_late)
     pipe.vae.decoder.conv_out.bias[0] = torch.inf
     with pytest.raises(ValueError, match="VAE gave NaN or inf"):
         pipe.generate(PROMPTS[0], steps=2)
+
+
+def test_a_vae_that_overflows_in_half_precision_decodes_in_full(model_folder: Path) -> None:
+    pipe = minireuse.load(model_folder, device="cpu", dtype="float16")
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    pipe.vae.decoder.conv_in.weight.mul_(3e4)  # within float16, but not what comes out of it
+    pipe.vae.decoder.conv_in.bias.mul_(3e4)
+    with pytest.warns(UserWarning, match=r"overflowed in torch\.float16, so the images are decoded in float32"):
+        images = pipe.to_images(latents)
+    assert images.std() > 1
+    assert pipe.vae.decoder.conv_in.weight.dtype == torch.float16
 
 
 def test_load_refuses_unknown_devices_and_dtypes(model_folder: Path) -> None:

@@ -9,15 +9,15 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "minireuse"
 TIERS = (
-    ("config", "files", "journal", "command", "kept", "tensors"),
-    ("schedule", "reuse", "ranks"),
+    ("config", "files", "command", "kept"),
+    ("journal", "tensors", "schedule", "reuse", "ranks"),
     ("layers", "samplers", "searched", "phast"),
     ("attention", "policies"),
     ("unet", "vae", "text", "ldm", "budget"),
     ("guidance", "checkpoint", "metrics"),
     ("pipeline",),
     ("render", "costs", "maps", "distribution", "forecast", "options"),
-    ("report", "memory"),
+    ("report", "memory", "recipe"),
     ("sample", "search", "evaluate"),
 )
 TIER = {name: tier for tier, names in enumerate(TIERS) for name in names}

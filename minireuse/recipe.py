@@ -1,0 +1,185 @@
+"""What a picture was made from: written into its PNG as text, and read back to make it again."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from minireuse.files import parse_json
+from minireuse.reuse import ReusePlan
+
+T = TypeVar("T")
+SHIPPED = "shipped"  # the name of the model that comes with the package
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a picture's pixels depend on, beside the machine and its libraries.
+
+    jobs: prompts and seeds of the batch it was sampled in, of which it is number `place`; matrix products may sum in
+    another order for another batch. init_image: path and digest, or empty. model: a path. fingerprint: of the U-Net.
+    """
+
+    jobs: tuple[tuple[str, int], ...]
+    place: int
+    negative_prompt: str
+    sampler: str
+    steps: int
+    guidance_scale: float
+    eta: float
+    height: int
+    width: int
+    init_image: tuple[str, str] | tuple[()]
+    strength: float
+    attention: str
+    dtype: str
+    device: str
+    cache_dtype: str
+    policy: str
+    plan: ReusePlan
+    model: str
+    fingerprint: str
+
+    def chunks(self) -> dict[str, str]:
+        """The text of a PNG."""
+        prompt, seed = self.jobs[self.place]
+        return {
+            "prompt": prompt,
+            "negative_prompt": self.negative_prompt,
+            "seed": str(seed),
+            "sampler": self.sampler,
+            "steps": str(self.steps),
+            "guidance_scale": repr(self.guidance_scale),
+            "eta": repr(self.eta),
+            "size": f"{self.width}x{self.height}",
+            "init_image": json.dumps(self.init_image),
+            "strength": repr(self.strength),
+            "attention": self.attention,
+            "dtype": self.dtype,
+            "device": self.device,
+            "cache_dtype": self.cache_dtype,
+            "policy": self.policy,
+            "plan": self.plan.to_json(),
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "batch": json.dumps({"place": self.place, "jobs": self.jobs}),
+            "versions": versions(),
+        }
+
+    @classmethod
+    def from_chunks(cls, chunks: dict[str, str]) -> Recipe:
+        """The inverse of `chunks`. Raises: ValueError naming the chunk that is missing or wrong."""
+
+        def get(name: str, convert: Callable[[str], T]) -> T:
+            if name not in chunks:
+                raise ValueError(f"it has no text {name!r}")
+            try:
+                return convert(chunks[name])
+            except (ValueError, TypeError, KeyError, IndexError) as error:
+                raise ValueError(f"its text {name!r} is {chunks[name][:80]!r} ({error})") from None
+
+        def batch(text: str) -> tuple[int, tuple[tuple[str, int], ...]]:
+            data = parse_json(text)
+            jobs = tuple((str(prompt), _seed(seed)) for prompt, seed in data["jobs"])
+            place = data["place"]
+            if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(jobs) <= 4096:
+                raise ValueError(f"place {place!r} of {len(jobs)} images")
+            return place, jobs
+
+        place, jobs = get("batch", batch)
+        width, height = get("size", _size)
+        return cls(
+            jobs=jobs,
+            place=place,
+            negative_prompt=get("negative_prompt", str),
+            sampler=get("sampler", str),
+            steps=get("steps", int),
+            guidance_scale=get("guidance_scale", float),
+            eta=get("eta", float),
+            height=height,
+            width=width,
+            init_image=get("init_image", _init_image),
+            strength=get("strength", float),
+            attention=get("attention", str),
+            dtype=get("dtype", str),
+            device=get("device", str),
+            cache_dtype=get("cache_dtype", str),
+            policy=get("policy", str),
+            plan=get("plan", ReusePlan.from_json),
+            model=get("model", str),
+            fingerprint=get("fingerprint", str),
+        )
+
+
+def _seed(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError(f"seed {value!r}")
+    return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, height = map(int, text.split("x"))
+    if not (0 < width <= 16384 and 0 < height <= 16384):
+        raise ValueError("expected at most 16384x16384")
+    return width, height
+
+
+def _init_image(text: str) -> tuple[str, str] | tuple[()]:
+    data = parse_json(text)
+    if data == []:
+        return ()
+    path, digest = data
+    return str(path), str(digest)
+
+
+def digest_of(path: Path) -> str:
+    """Sixteen hexadecimal digits that tell a file's bytes from others. Raises: OSError."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def versions() -> str:
+    try:
+        own = version("minireuse")
+    except PackageNotFoundError:
+        own = "source"
+    return f"minireuse {own}, torch {torch.__version__}, python {platform.python_version()}"
+
+
+def to_png(image: np.ndarray, recipe: Recipe) -> bytes:
+    """A PNG file with the recipe as text. Shapes: image (H, W, 3) uint8."""
+    chunks = PngInfo()
+    for key, value in recipe.chunks().items():
+        chunks.add_itxt(key, value)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="PNG", pnginfo=chunks)
+    return file.getvalue()
+
+
+def from_png(path: Path) -> tuple[Recipe, str]:
+    """The recipe in a PNG, and the versions it was made with. Raises: ValueError, OSError."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()  # texts may follow the pixels
+            chunks = {str(key): str(value) for key, value in image.info.items()}
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a PNG; give one that this command wrote") from None
+    except (SyntaxError, ValueError, OSError) as error:  # Pillow's words for broken files and texts that are too long
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's own
+        raise ValueError(f"{path} is a broken PNG ({error}); give one that this command wrote") from None
+    try:
+        return Recipe.from_chunks(chunks), chunks.get("versions", "unknown versions")
+    except ValueError as error:
+        raise ValueError(f"{path} does not tell how to make it: {error}; give a PNG that this command wrote") from None

@@ -1,0 +1,178 @@
+"""A PNG tells how to make it again, pixel for pixel; one that does not is refused with the reason."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+import minireuse
+from minireuse import sample
+from minireuse.recipe import Recipe, from_png
+from minireuse.samplers import SAMPLERS
+
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def run(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command in an empty folder: its status and what it wrote to stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*argv: str) -> tuple[int, str]:
+        status = sample.main([*argv, "--quiet"])
+        return status, capsys.readouterr().err
+
+    def with_model(*argv: str) -> tuple[int, str]:
+        return command(*argv, *(() if "--from-png" in argv else ("--model", str(model_folder))))
+
+    return with_model
+
+
+def pixels(path: str) -> np.ndarray:
+    return np.array(Image.open(path))
+
+
+SETTINGS = [
+    *(("--steps", "3", "--sampler", name) for name in SAMPLERS),
+    ("--eta", "0.7", "--steps", "4"),
+    ("--guidance-scale", "1", "--negative-prompt", "a star"),
+    ("--policy", "hurry|deepcache:every=3", "--steps", "6", "--cache-dtype", "uint8"),
+    ("--policy", "random", "--reuse", "2", "--steps", "6", "--attention", "explicit", "--width", "32"),
+    ("--dtype", "bfloat16", "--steps", "2"),
+    ("--init-image", "first.png", "--strength", "0.5", "--steps", "4"),
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=" ".join)
+def test_the_same_pixels_again(run: Run, settings: tuple[str, ...]) -> None:
+    if "--init-image" in settings:
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)).save("first.png")
+    made = ["--prompt", "a red circle", "a blue ring", "--num-images", "2", "--seed", "5", "--batch-size", "3"]
+    assert run(*made, *settings, "--out", "out") == (0, "")
+    for name in ("00000.png", "00002.png", "00003.png"):  # the last one in a batch of its own
+        status, said = run("--from-png", f"out/{name}", "--out", f"again-{name}")
+        assert (status, said) == (0, "")
+        assert np.array_equal(pixels(f"again-{name}"), pixels(f"out/{name}"))
+        first, second = (from_png(Path(p))[0] for p in (f"out/{name}", f"again-{name}"))
+        assert first == second
+
+
+def test_what_else_is_given_must_not_matter(run: Run, tmp_path: Path) -> None:
+    assert run("--prompt", "a star", "--out", "a.png", "--steps", "2")[0] == 0
+    status, said = run("--from-png", "a.png", "--steps", "3")
+    assert (status, said) == (2, "error: --from-png takes everything from the file; leave out --steps\n")
+    assert not Path("out.png").exists()
+
+
+def rewritten(change: Callable[[dict[str, str]], object], to: str = "b.png") -> None:
+    """A copy of a.png with other texts."""
+    with Image.open("a.png") as image:
+        chunks = {key: str(value) for key, value in image.info.items()}
+        change(chunks)
+        info = PngInfo()
+        for key, value in chunks.items():
+            info.add_itxt(key, value)
+        image.save(to, pnginfo=info)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fingerprint": "0" * 12}, "was made by another model than"),
+        ({"seed": "elephant"}, ""),  # readable, but what counts stands in the batch
+        ({"batch": '{"place": 0, "jobs": [["a star", -1]]}'}, "text 'batch' is"),
+        ({"batch": '{"place": 1, "jobs": [["a star", 1]]}'}, "place 1 of 1 images"),
+        ({"batch": "[" * 5000}, "nested too deeply"),
+        ({"steps": "many"}, "text 'steps' is 'many'"),
+        ({"steps": "-3"}, "expected"),
+        ({"size": "16"}, "text 'size' is '16'"),
+        ({"size": "17x16"}, "width is 17, expected a multiple of"),
+        ({"size": "1000000x16"}, "expected at most 16384x16384"),
+        ({"sampler": "magic"}, "sampler is 'magic', expected one of ddim"),
+        ({"cache_dtype": "int4"}, "cache_dtype is 'int4', expected one of"),
+        ({"attention": "paid"}, "attention is 'paid', expected one of"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"plan": "{}"}, "text 'plan' is '{}'"),
+        ({"guidance_scale": "nan"}, "guidance_scale is nan, expected a finite number"),
+        ({"model": "/nowhere"}, "no model at /nowhere"),
+        ({"init_image": '["gone.png", "0123"]'}, "began with the image gone.png, which is gone or has changed"),
+        ({"init_image": "7"}, "text 'init_image' is '7'"),
+    ],
+)
+def test_other_texts_are_refused_or_do_not_matter(run: Run, change: dict[str, str], message: str) -> None:
+    assert run("--prompt", "a star", "--out", "a.png", "--steps", "2")[0] == 0
+    rewritten(lambda chunks: chunks.update(change))
+    status, said = run("--from-png", "b.png", "--out", "c.png")
+    assert status == (2 if message else 0)
+    assert message in said
+    assert said.count("\n") == bool(message)
+    assert Path("c.png").exists() is not bool(message)
+
+
+@pytest.mark.parametrize("name", ["batch", "plan", "fingerprint", "steps", "model"])
+def test_a_missing_text_is_named(run: Run, name: str) -> None:
+    assert run("--prompt", "a star", "--out", "a.png", "--steps", "2")[0] == 0
+    rewritten(lambda chunks: chunks.pop(name))
+    status, said = run("--from-png", "b.png")
+    assert (status, f"b.png does not tell how to make it: it has no text {name!r}" in said) == (2, True)
+
+
+def test_other_versions_are_told(run: Run) -> None:
+    assert run("--prompt", "a star", "--out", "a.png", "--steps", "2")[0] == 0
+    rewritten(lambda chunks: chunks.update(versions="minireuse 0.0"))
+    status, said = run("--from-png", "b.png", "--out", "c.png")
+    assert status == 0
+    assert said.startswith("note: it was made with minireuse 0.0; this is minireuse ")
+
+
+def test_files_that_are_no_pngs(run: Run) -> None:
+    Path("words.png").write_text("no picture")
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, format="JPEG")
+    Path("photo.png").write_bytes(buffer.getvalue())
+    Image.new("RGB", (64, 64)).save("plain.png")
+    Path("cut.png").write_bytes(Path("plain.png").read_bytes()[:60])
+    for name, message in (
+        ("words", "not a PNG"),
+        ("photo", "not a PNG"),
+        ("plain", "no text 'batch'"),
+        ("cut", "a broken PNG"),
+    ):
+        status, said = run("--from-png", f"{name}.png")
+        assert (status, said.count("\n")) == (2, 1), said
+        assert message in said
+    assert run("--from-png", "gone.png")[0] == 2
+
+
+def test_texts_hold_what_a_reader_looks_for(run: Run) -> None:
+    assert run("--prompt", "a réd ★", "--seed", "7", "--steps", "2", "--policy", "hurry", "--out", "a.png")[0] == 0
+    with Image.open("a.png") as image:
+        texts = dict(image.info)
+    assert (texts["prompt"], texts["seed"], texts["size"]) == ("a réd ★", "7", "16x16")
+    assert texts["dtype"], texts["device"] == ("float32", "cpu")
+    assert json.loads(texts["plan"])["calls"] == 2
+    assert Recipe.from_chunks(texts).chunks() == texts
+
+
+def test_out_of_memory_says_what_would_help(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate(*args: object, **settings: object) -> None:
+        raise raised[0]
+
+    raised: list[Exception] = [torch.OutOfMemoryError("CUDA out of memory.")]
+    monkeypatch.setattr(minireuse.Pipeline, "generate", generate)
+    for error in (raised[0], RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")):
+        raised[0] = error
+        status, said = run("--prompt", "a star", "--policy", "hurry", "--steps", "4")
+        assert status == 2
+        assert "out of memory with a batch of 1, of which the cache takes up to 0.5 MiB; try --batch-size 1" in said
+    raised[0] = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        run("--prompt", "a star", "--steps", "4")
