@@ -26,6 +26,7 @@ from minireuse.config import (
     VAEConfig,
     text_settings,
 )
+from minireuse.files import shown
 from minireuse.tensors import CONVERT, PICKLES, CheckpointError, Source, complain, fill, open_file, read_json, reason
 from minireuse.text import TextEncoder
 from minireuse.unet import UNet
@@ -149,7 +150,7 @@ def _open_shards(index: Path) -> dict[str, Source]:
     found: dict[str, Source] = {}
     for name in sorted(set(map(str, weight_map.values()))):
         if Path(name).name != name:
-            raise CheckpointError(f"{index} names the shard {name!r}; expected a file beside the index")
+            raise CheckpointError(f"{index} names the shard {shown(name)}; expected a file beside the index")
         found |= open_file(index.parent / name)
     complain(f"{index} lists tensors that no shard holds:", set(weight_map) - set(found), "download the shards again")
     return found

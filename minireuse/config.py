@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from minireuse.files import shown
+
 
 class ConfigError(ValueError):
     """A configuration this package cannot build: the message says which key, what was expected, and what to do."""
@@ -291,7 +293,7 @@ class _Reader:
         if not condition:
             got = self.raw.get(key)
             raise ConfigError(
-                f"{self.source}: {key} is {got!r}, expected {expected}; "
+                f"{self.source}: {key[:80]} is {shown(got)}, expected {expected}; "
                 "only Stable Diffusion 1.x and 2.x text-to-image models are supported"
             )
 

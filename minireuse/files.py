@@ -55,6 +55,12 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def shown(value: Any, most: int = 80) -> str:
+    """A value as an error message shows it: not the whole of a file that holds nonsense."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]} ..."
+
+
 def shipped_model() -> Path:
     """The folder of the model that comes with the package: inside it when installed, beside it in a checkout."""
     inside = Path(__file__).parent / "weights"

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from minireuse.files import parse_json
+from minireuse.files import parse_json, shown
 from minireuse.reuse import ReusePlan
 
 T = TypeVar("T")
@@ -88,14 +88,14 @@ class Recipe:
             try:
                 return convert(chunks[name])
             except (ValueError, TypeError, KeyError, IndexError) as error:
-                raise ValueError(f"its text {name!r} is {chunks[name][:80]!r} ({error})") from None
+                raise ValueError(f"its text {name!r} is {shown(chunks[name])} ({str(error)[:200]})") from None
 
         def batch(text: str) -> tuple[int, tuple[tuple[str, int], ...]]:
             data = parse_json(text)
             jobs = tuple((str(prompt), _seed(seed)) for prompt, seed in data["jobs"])
             place = data["place"]
             if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(jobs) <= 4096:
-                raise ValueError(f"place {place!r} of {len(jobs)} images")
+                raise ValueError(f"place {shown(place)} of {len(jobs)} images")
             return place, jobs
 
         place, jobs = get("batch", batch)
@@ -125,7 +125,7 @@ class Recipe:
 
 def _seed(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise ValueError(f"seed {value!r}")
+        raise ValueError(f"seed {shown(value)}")
     return value
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minireuse.files import parse_json
+from minireuse.files import parse_json, shown
 from minireuse.kept import DTYPES, Kept
 
 KINDS = ("map", "out", "deep")
@@ -44,7 +44,9 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise PlanError(f"site kind is {self.kind!r}, expected one of {', '.join(KINDS)}")
+            raise PlanError(f"site kind is {shown(self.kind)}, expected one of {', '.join(KINDS)}")
+        if len(self.address) > 200:
+            raise PlanError(f"site address is {shown(self.address)}, expected the path of a module")
 
     @property
     def is_cross(self) -> bool:
@@ -164,11 +166,7 @@ class ReusePlan:
                     readers = []
         return tuple(
             StepPlan(
-                reuse=frozenset(now["reuse"]),
-                store=frozenset(now["store"]),
-                last=frozenset(now["last"]),
-                half=frozenset(now["half"]),
-                guided=guided,
+                frozenset(now["reuse"]), frozenset(now["store"]), frozenset(now["last"]), frozenset(now["half"]), guided
             )
             for now, guided in zip(sets, self.guided, strict=True)
         )
@@ -248,9 +246,11 @@ class ReusePlan:
             raise PlanError(f"plan is not JSON ({error}); expected what ReusePlan.to_json writes") from None
         if not isinstance(data, Mapping) or data.get("format") != "minireuse-plan":
             raise PlanError('plan has no "format": "minireuse-plan"; expected what ReusePlan.to_json writes')
+        if unknown := set(data) - {"format", "calls", "guided", "sites", "about"}:
+            raise PlanError(f"plan has the unknown field {shown(min(unknown))}; expected what ReusePlan.to_json writes")
         calls, drawn = data.get("calls"), data.get("sites")
         if not isinstance(calls, int) or isinstance(calls, bool) or not 1 <= calls <= 100_000:
-            raise PlanError(f"plan field calls is {calls!r}, expected a whole number from 1 to 100000")
+            raise PlanError(f"plan field calls is {shown(calls)}, expected a whole number from 1 to 100000")
         if not isinstance(drawn, Mapping) or not all(isinstance(v, Mapping) for v in drawn.values()):
             raise PlanError("plan field sites must be an object of kinds, each an object of addresses")
         columns = {Site(a, kind): _parse(g, calls, a) for kind, group in drawn.items() for a, g in group.items()}
@@ -265,7 +265,7 @@ def _draw(row: np.ndarray) -> str:
 
 def _parse(drawn: Any, calls: int, where: str) -> np.ndarray:
     if not isinstance(drawn, str) or len(drawn) != calls or set(drawn) - {".", "#"}:
-        raise PlanError(f"plan entry {where} is {drawn!r}, expected {calls} characters '.' or '#'")
+        raise PlanError(f"plan entry {shown(where)} is {shown(drawn)}, expected {calls} characters '.' or '#'")
     return np.array([c == "#" for c in drawn])
 
 

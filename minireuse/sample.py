@@ -206,7 +206,7 @@ def _recipe(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan) -> Re
 
 def _out_of_memory(error: RuntimeError, args: argparse.Namespace, plan: ReusePlan, batch: int) -> Exception:
     """The error, or, if it is that memory ran out, one that says what would help."""
-    if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error).lower():
+    if not isinstance(error, torch.cuda.OutOfMemoryError) and "alloc" not in str(error).lower():
         return error
     peak = mebibytes(_forecast(args, load_model(args, "meta"), plan, batch).peak)
     return ValueError(

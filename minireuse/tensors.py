@@ -104,7 +104,7 @@ def fill(
 def complain(what: str, keys: Iterable[str], why: str) -> None:
     if names := sorted(keys):
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise CheckpointError(f"{what} {', '.join(names[:3])}{more}; {why}")
+        raise CheckpointError(f"{what} {', '.join(name[:200] for name in names[:3])}{more}; {why}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "minireuse"
 TIERS = (
-    ("config", "files", "command", "kept"),
-    ("journal", "tensors", "schedule", "reuse", "ranks"),
+    ("files", "command", "kept"),
+    ("config", "journal", "tensors", "reuse", "ranks"),
+    ("schedule",),
     ("layers", "samplers", "searched", "phast"),
     ("attention", "policies"),
     ("unet", "vae", "text", "ldm", "budget"),

@@ -1,0 +1,220 @@
+"""Files from strangers: read, or refused in one sentence. Never a traceback, a hang, or memory without bounds.
+
+Bounded here; `FUZZ_CASES=10000 pytest tests/fuzz --hypothesis-seed=1` tries as many of each kind, and adds the table of
+what was tried to the output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import struct
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
+from torch import nn
+
+from minireuse import checkpoint
+from minireuse.config import ConfigError
+from minireuse.journal import Journal
+from minireuse.policies import hurry, select
+from minireuse.recipe import Recipe, from_png
+from minireuse.reuse import ReusePlan, Site
+from minireuse.searched import Searched
+from minireuse.tensors import CheckpointError, fill, open_file
+
+from mutate import bytes_like, json_like, text_of
+
+CASES = int(os.environ.get("FUZZ_CASES", "320"))
+SECONDS = 10  # that no case may take
+MIB = 256  # that all cases of a kind together may add to the peak of the process; the files are kilobytes
+few = settings(
+    max_examples=CASES,
+    deadline=None,
+    database=None,
+    derandomize="FUZZ_CASES" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+)
+TRIED: dict[str, Counter[str]] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[None]:
+    yield
+    print("\n| kind of file | cases | refused in a sentence | read |\n|---|---|---|---|")
+    for kind, found in TRIED.items():
+        print(f"| {kind} | {found.total()} | {found['refused']} | {found['read']} |")
+
+
+def attempt(kind: str, work: Callable[[], object]) -> None:
+    """Do what reads a hostile file; whatever it raises must be a sentence."""
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    said = None
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        said = str(error)
+    TRIED.setdefault(kind, Counter())["read" if said is None else "refused"] += 1
+    assert said != "", "an empty sentence"
+    assert "\n" not in (said or ""), f"more than a sentence: {said}"
+    assert len(said or "") < 1000, f"a very long sentence: {(said or '')[:300]} ..."
+    assert time.perf_counter() - began < SECONDS
+    added = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert added < MIB, f"{added:.0f} MiB more"
+
+
+@pytest.fixture(scope="module")
+def folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configurations of a good model, each of which is spoilt in turn."""
+    copied = tmp_path_factory.mktemp("spoilt")
+    for config in (*model_folder.glob("*/config.json"), model_folder / "scheduler" / "scheduler_config.json"):
+        (copied / config.parent.name).mkdir()
+        (copied / config.parent.name / config.name).write_bytes(config.read_bytes())
+    return copied
+
+
+CONFIGS = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs(folder: Path, name: str) -> None:
+    good = (folder / name).read_bytes()
+
+    # Building modules takes longer than all other cases together.
+    @settings(few, max_examples=CASES // 4 if name[:3] in ("une", "vae") else CASES)
+    @given(text_of(json.loads(good)))
+    def spoil(data: bytes) -> None:
+        (folder / name).write_bytes(data)
+        attempt(f"{name.split('/')[0]} configuration", lambda: checkpoint.empty_parts(folder))
+
+    try:
+        spoil()
+    finally:
+        (folder / name).write_bytes(good)
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.Conv2d(2, 3, 3))
+
+
+@few
+@given(data=st.data())
+def test_weights(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    path = tmp_path_factory.getbasetemp() / "spoilt.safetensors"
+    save_file(small().state_dict(), path)
+    good = path.read_bytes()
+    length = struct.unpack("<Q", good[:8])[0]
+    header = json.loads(good[8 : 8 + length])
+    if data.draw(st.booleans()):
+        spoilt = json.dumps(data.draw(json_like(header))).encode()
+        path.write_bytes(struct.pack("<Q", len(spoilt)) + spoilt + good[8 + length :])
+    else:
+        path.write_bytes(data.draw(bytes_like(good)))
+    attempt("weights", lambda: fill(small(), open_file(path).items(), path, torch.float32))
+
+
+@few
+@given(text_of({"metadata": {"total_size": 9}, "weight_map": {"a": "x-00001-of-00002.safetensors", "b": "y"}}))
+def test_shard_indices(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    folder = tmp_path_factory.getbasetemp() / "shards"
+    folder.mkdir(exist_ok=True)
+    (folder / "m.safetensors.index.json").write_bytes(data)
+    save_file({"a": torch.zeros(2), "b": torch.zeros(3)}, folder / "x-00001-of-00002.safetensors")
+    attempt("index of shards", lambda: checkpoint._tensors(folder, "m"))
+
+
+SITES = tuple(Site(f"down_blocks.{i}.attn{j}", kind) for i in range(2) for j in (1, 2) for kind in ("map", "out"))
+PLAN = json.loads(hurry(6, SITES, k=2).to_json()) | {"about": {"model": "0" * 12, "sampler": "ddim"}}
+
+
+@few
+@given(text_of(PLAN))
+def test_plans(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "plan.json"
+    path.write_bytes(data)
+
+    def read() -> None:
+        plan = ReusePlan.from_json(path.read_text(encoding="utf-8"))
+        plan.on(SITES).step(0)
+
+    attempt("plan", read)
+    attempt("searched plan", lambda: Searched.read(path))
+
+
+SETTINGS = {"steps": 6, "prompts": ["a", "b"]}
+LINES = [{"settings": SETTINGS}, {"key": "..##", "value": 31.5}, {"key": ".#.#", "value": [1, 2]}]
+JOURNAL = "".join(json.dumps(line) + "\n" for line in LINES).encode()
+
+
+@few
+@given(bytes_like(JOURNAL) | json_like(LINES).map(lambda d: json.dumps(d).replace("}, ", "}\n").encode()))
+def test_journals(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "journal.jsonl"
+    path.write_bytes(data)
+    attempt("journal", lambda: Journal(path, SETTINGS).add("last", 1.0))
+
+
+@pytest.fixture(scope="module")
+def recipe(pipeline: object) -> dict[str, str]:
+    plan = hurry(4, select(pipeline.sites), k=2)  # type: ignore[attr-defined]
+    return Recipe(
+        jobs=(("a star", 3), ("a ring", 4)),
+        place=1,
+        negative_prompt="",
+        sampler="ddim",
+        steps=4,
+        guidance_scale=7.5,
+        eta=0.0,
+        height=16,
+        width=16,
+        init_image=(),
+        strength=0.8,
+        attention="fused",
+        dtype="float32",
+        device="cpu",
+        cache_dtype="float16",
+        policy="hurry",
+        plan=plan,
+        model="shipped",
+        fingerprint="0" * 12,
+    ).chunks()
+
+
+@few
+@given(data=st.data())
+def test_png_texts(recipe: dict[str, str], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    path = tmp_path_factory.getbasetemp() / "spoilt.png"
+    texts = dict(recipe)
+    for _ in range(data.draw(st.integers(1, 2))):
+        name = data.draw(st.sampled_from(sorted(recipe)))
+        texts[name] = data.draw(bytes_like(recipe[name].encode())).decode("utf-8", "replace").replace("\0", "")
+    info = PngInfo()
+    for name, text in texts.items():
+        info.add_itxt(name, text)
+    Image.new("RGB", (16, 16)).save(path, pnginfo=info)
+    if data.draw(st.booleans()):
+        path.write_bytes(data.draw(bytes_like(path.read_bytes())))
+    attempt("PNG", lambda: from_png(path))
+
+
+def test_good_files_are_read(folder: Path, recipe: dict[str, str], tmp_path: Path) -> None:
+    """What is spoilt above is fine before: a refusal is for what was changed."""
+    checkpoint.empty_parts(folder)
+    assert Recipe.from_chunks(recipe).chunks() == recipe
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN))
+    assert Searched.read(tmp_path / "plan.json").plan.grid == "....##"
+    (tmp_path / "journal.jsonl").write_bytes(JOURNAL)
+    assert Journal(tmp_path / "journal.jsonl", SETTINGS).records == {"..##": 31.5, ".#.#": [1, 2]}
+    save_file(small().state_dict(), tmp_path / "m.safetensors")
+    fill(small(), checkpoint._tensors(tmp_path, "m").items(), tmp_path, torch.float32)
+    assert issubclass(CheckpointError, ValueError) and issubclass(ConfigError, ValueError)
