@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from minireuse.files import shown
+
 
 class TextEncoder(nn.Module):
     """Prompts to the context that cross-attention reads.
@@ -51,13 +53,22 @@ class TextEncoder(nn.Module):
         tokenizer = self._require_tokenizer()
         rows: list[list[int]] = []
         pad = int(tokenizer.pad_token_id)
-        tokenized: list[list[int]] = tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]
+        # What no token can reach is not tokenised: byte-pair encoding of one endless word takes quadratic time.
+        most = 64 * self.length
+        texts = [prompt if len(prompt) <= most else " ".join(prompt.split())[:most] for prompt in prompts]
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"the prompt {shown(text)} is no text ({error.reason}); type it again in UTF-8"
+                ) from None
+        tokenized: list[list[int]] = tokenizer(texts, truncation=False, verbose=False)["input_ids"]
         for ids in tokenized:
             if len(ids) > self.length:
-                dropped = str(tokenizer.decode(ids[self.length - 1 : -1]))
-                shown = dropped if len(dropped) <= 200 else dropped[:200] + " ..."
+                dropped = shown(str(tokenizer.decode(ids[self.length - 1 : -1])), 200)
                 warnings.warn(
-                    f"prompt has {len(ids)} tokens, at most {self.length} are used; dropped: {shown!r}", stacklevel=3
+                    f"prompt has {len(ids)} tokens, at most {self.length} are used; dropped: {dropped}", stacklevel=3
                 )
                 ids = ids[: self.length - 1] + ids[-1:]  # the end token stays: the encoder was trained with it
             rows.append(ids + [pad] * (self.length - len(ids)))

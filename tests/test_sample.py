@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +210,58 @@ def test_long_prompts_and_phast_say_what_they_do(run) -> None:
     assert "note: phast" in err
     assert "at most 77" in err
     assert "red circle" in err
+
+
+NASTY = {
+    "empty": "",
+    "spaces": "   ",
+    "emoji": "a red \U0001f534 circle \U0001f9d1\u200d\U0001f680",
+    "right to left": "\u202eدائرة حمراء\u202c על רקע לבן",  # noqa: RUF001
+    "control": "a red\x00 circle\x07\x1b[31m\r\n\u2028",
+    "combining": "a z" + "\u0301" * 500,
+    "one long word": "circle" * 20_000,
+    "many words": "a red circle " * 8_000,
+    "only spaces": " " * 100_000 + "a red circle",
+    "markup": "<|endoftext|> <|startoftext|> </w>",
+}
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_any_text_is_a_prompt(run, name: str) -> None:
+    began = time.perf_counter()
+    status, out, err = run("--json", "--out", "a.png", prompt=NASTY[name])
+    assert status == 0
+    assert json.loads(out)["images"] == ["a.png"]
+    assert all(line.startswith("note: prompt has ") for line in err.splitlines())
+    assert ("dropped" in err) == (name in ("combining", "one long word", "many words"))
+    assert len(err) < 500
+    assert time.perf_counter() - began < 10
+    with Image.open("a.png") as image:
+        image.load()
+        assert image.info["prompt"] == NASTY[name]
+
+
+def test_half_a_character_is_refused(run) -> None:
+    """What a terminal of another encoding hands over."""
+    status, _, err = run("--out", "a.png", prompt="a red \udcff circle")
+    assert (status, err.count("\n")) == (2, 1)
+    assert not Path("a.png").exists()
+
+
+@pytest.mark.parametrize(("steps", "k"), [(1, 0), (2, 0), (2, 1), (300, 299)])
+def test_short_and_long_schedules(model_folder: Path, steps: int, k: int, tmp_path: Path, capsys) -> None:
+    given = ["--prompt", "a star", "--model", str(model_folder), "--policy", "hurry", "--out", str(tmp_path / "a.png")]
+    assert sample.main([*given, "--steps", str(steps), "--reuse", str(k), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["calls"], report["reused"]) == (steps, k)
+    assert sample.main([*given, "--steps", str(steps), "--reuse", str(steps)]) == 2
+    assert f"k is {steps}, expected a whole number from 0 to {steps - 1}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", ["0", "1", "-2.5", "30"])
+def test_guidance_of_any_sign(run, scale: str) -> None:
+    assert run("--guidance-scale", scale, "--policy", "hurry", "--out", "a.png", "--quiet")[0] == 0
+    assert Path("a.png").exists()
 
 
 @pytest.mark.parametrize(
