@@ -56,13 +56,10 @@ class TextEncoder(nn.Module):
         # What no token can reach is not tokenised: byte-pair encoding of one endless word takes quadratic time.
         most = 64 * self.length
         texts = [prompt if len(prompt) <= most else " ".join(prompt.split())[:most] for prompt in prompts]
-        for text in texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"the prompt {shown(text)} is no text ({error.reason}); type it again in UTF-8"
-                ) from None
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a prompt is not text ({error.reason}); type it again, in UTF-8") from None
         tokenized: list[list[int]] = tokenizer(texts, truncation=False, verbose=False)["input_ids"]
         for ids in tokenized:
             if len(ids) > self.length:
