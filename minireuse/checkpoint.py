@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 
 from minireuse import ldm
 from minireuse.config import (
+    GUIDANCE_SCALE,
     SD1_UNET,
     SD2_UNET,
     SD_SCHEDULE,
@@ -24,6 +25,7 @@ from minireuse.config import (
     ScheduleConfig,
     UNetConfig,
     VAEConfig,
+    guidance_scale,
     text_settings,
 )
 from minireuse.files import shown
@@ -43,6 +45,7 @@ class Parts:
     vae: VAE
     text: TextEncoder
     schedule: ScheduleConfig
+    guidance_scale: float
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Description:
     vae: VAEConfig
     schedule: ScheduleConfig
     text: CLIPTextConfig
+    guidance_scale: float = GUIDANCE_SCALE
 
 
 def describe(path: Path, prediction_type: str | None = None) -> Description:
@@ -72,7 +76,8 @@ def empty_parts(path: Path, prediction_type: str | None = None) -> Parts:
     """A checkpoint's modules without numbers or a tokenizer, on the meta device. Raises: as `describe`."""
     described = describe(path, prediction_type)
     with torch.device("meta"):
-        return Parts(UNet(described.unet), VAE(described.vae), TextEncoder(described.text), described.schedule)
+        unet, vae, text = UNet(described.unet), VAE(described.vae), TextEncoder(described.text)
+    return Parts(unet, vae, text, described.schedule, described.guidance_scale)
 
 
 def load_parts(
@@ -110,7 +115,9 @@ def _describe_folder(folder: Path) -> Description:
             f"{folder}: the text encoder is {text_config.hidden_size} wide, the U-Net's cross attention "
             f"{unet.cross_attention_dim}; they must agree, so these parts do not belong together"
         )
-    return Description(unet, vae, schedule, text_config)
+    index = folder / "model_index.json"
+    scale = guidance_scale(read_json(index), str(index)) if index.exists() else GUIDANCE_SCALE
+    return Description(unet, vae, schedule, text_config, scale)
 
 
 def _fill_from_folder(parts: Parts, folder: Path, dtype: torch.dtype, tokenizer: str | Path | None) -> None:

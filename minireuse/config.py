@@ -11,11 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minireuse.files import shown
-
-
-class ConfigError(ValueError):
-    """A configuration this package cannot build: the message says which key, what was expected, and what to do."""
+from minireuse.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class UNetConfig:
 
         Raises: ConfigError where the file describes a U-Net other than Stable Diffusion 1.x / 2.x.
         """
-        reader = _Reader(raw, source)
+        reader = Reader(raw, source)
         widths = reader.ints("block_out_channels", (320, 640, 1280, 1280))
         levels = len(widths)
         down = reader.strings("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), levels)
@@ -136,7 +132,7 @@ class VAEConfig:
     @classmethod
     def from_diffusers(cls, raw: Mapping[str, Any], source: str = "vae/config.json") -> VAEConfig:
         """Read diffusers' `AutoencoderKL` configuration. Raises: ConfigError."""
-        reader = _Reader(raw, source)
+        reader = Reader(raw, source)
         widths = reader.ints("block_out_channels", (128, 256, 512, 512))
         levels = len(widths)
         down = reader.strings("down_block_types", ("DownEncoderBlock2D",) * levels, levels)
@@ -211,7 +207,7 @@ class ScheduleConfig:
     @classmethod
     def from_diffusers(cls, raw: Mapping[str, Any], source: str = "scheduler/scheduler_config.json") -> ScheduleConfig:
         """Read any of diffusers' scheduler configurations that stem from a betas table. Raises: ConfigError."""
-        reader = _Reader(raw, source)
+        reader = Reader(raw, source)
         config = cls(
             train_timesteps=reader.integer("num_train_timesteps", 1000, most=100_000),
             beta_start=reader.number("beta_start", 0.0001),
@@ -244,12 +240,22 @@ class ScheduleConfig:
         }
 
 
+GUIDANCE_SCALE = 7.5  # Stable Diffusion's own
+
+
+def guidance_scale(raw: Mapping[str, Any], source: str = "model_index.json") -> float:
+    """The guidance scale a model is best sampled at, where its pipeline's JSON tells one (`_guidance_scale`, a key of
+    this project that diffusers skips). Raises: ConfigError.
+    """
+    return Reader(raw, source).number("_guidance_scale", GUIDANCE_SCALE)
+
+
 def text_settings(raw: Mapping[str, Any], source: str = "text_encoder/config.json") -> dict[str, Any]:
     """What transformers' `CLIPTextConfig` is to be given of a `CLIPTextModel`'s JSON. Raises: ConfigError.
 
     What else stands there says how the model was saved or trained.
     """
-    reader = _Reader(raw, source)
+    reader = Reader(raw, source)
     reader.choice("model_type", "clip_text_model", ("clip_text_model",))
     settings: dict[str, Any] = {
         "hidden_size": reader.integer("hidden_size", 512),
@@ -274,75 +280,3 @@ SD1_UNET = UNetConfig()
 SD2_UNET = UNetConfig(heads=(5, 10, 20, 20), cross_attention_dim=1024, linear_projection=True, sample_size=96)
 SD_VAE = VAEConfig()
 SD_SCHEDULE = ScheduleConfig()
-
-
-class _Reader:
-    """Typed look-ups in one JSON object, remembering which keys were used."""
-
-    def __init__(self, raw: Mapping[str, Any], source: str) -> None:
-        if not isinstance(raw, Mapping):
-            raise ConfigError(f"{source} holds {type(raw).__name__}, expected a JSON object")
-        self.raw, self.source, self.used = raw, source, set[str]()
-
-    def _get(self, key: str, default: Any) -> Any:
-        self.used.add(key)
-        value = self.raw.get(key)
-        return default if value is None else value
-
-    def require(self, condition: bool, key: str, expected: str) -> None:
-        if not condition:
-            got = self.raw.get(key)
-            raise ConfigError(
-                f"{self.source}: {key[:80]} is {shown(got)}, expected {expected}; "
-                "only Stable Diffusion 1.x and 2.x text-to-image models are supported"
-            )
-
-    def integer(self, key: str, default: int, least: int = 1, most: int = 65536) -> int:
-        value = self._get(key, default)
-        valid = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-        self.require(valid, key, f"a whole number from {least} to {most}")
-        return int(value)
-
-    def number(self, key: str, default: float) -> float:
-        value = self._get(key, default)
-        valid = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e6
-        self.require(valid, key, "a positive number")
-        return float(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self._get(key, default)
-        self.require(isinstance(value, bool), key, "true or false")
-        return bool(value)
-
-    def choice(self, key: str, default: str, allowed: tuple[str, ...]) -> str:
-        value = self._get(key, default)
-        self.require(value in allowed, key, "one of " + ", ".join(allowed))
-        return str(value)
-
-    def ints(self, key: str, default: tuple[int, ...], length: int | None = None) -> tuple[int, ...]:
-        value = self._get(key, default)
-        if isinstance(value, int) and not isinstance(value, bool) and length:
-            value = (value,) * length  # diffusers allows one number for all levels
-        valid = (
-            isinstance(value, (list, tuple))
-            and 1 <= len(value) <= 8
-            and all(isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= 65536 for v in value)
-        )
-        self.require(valid, key, "a list of positive whole numbers")
-        self.require(length is None or len(value) == length, key, f"{length} numbers, one per level")
-        return tuple(value)
-
-    def strings(self, key: str, default: tuple[str, ...], length: int) -> tuple[str, ...]:
-        value = self._get(key, default)
-        self.require(isinstance(value, (list, tuple)) and len(value) == length, key, f"{length} names, one per level")
-        return tuple(str(v) for v in value)
-
-    def finish(self, fixed: Mapping[str, Any]) -> None:
-        """Refuse what would change the network: keys with another value than the only one built here."""
-        for key, value in self.raw.items():
-            if key in self.used or key.startswith("_") or value is None:
-                continue
-            if key in fixed:
-                self.require(value == fixed[key], key, repr(fixed[key]))
-            else:  # a switch of a newer diffusers, harmless as long as it is off
-                self.require(value is False, key, "no such key, or null")

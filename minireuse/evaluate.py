@@ -25,7 +25,7 @@ from minireuse.distribution import EXTRACTORS, Follow, prompt_check, score_all
 from minireuse.files import read_prompts, write_whole
 from minireuse.journal import Journal
 from minireuse.metrics import fidelity, ssim
-from minireuse.options import add_model_options, load_model
+from minireuse.options import add_guidance_option, add_model_options, load_model
 from minireuse.pipeline import Pipeline
 from minireuse.policies import build, policies_for, takes_count
 from minireuse.ranks import Ranks, shared_status
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--reuse", type=int, metavar="K", help="calls that reuse, where a policy is not told; default: half")
-    p.add_argument("--guidance-scale", type=float, default=7.5)
+    add_guidance_option(p)
     p.add_argument("--prompts-file", type=Path, help="one per line; default: the shipped model's evaluation prompts")
     p.add_argument("--prompts", type=int, default=40, metavar="N", help="how many of them; prompt i takes seed i")
     p.add_argument("--seed", type=int, default=1000, help="seed of the first prompt; searches use those from 0")

@@ -57,7 +57,7 @@ def sample_parser() -> argparse.ArgumentParser:
     how = p.add_argument_group("how to sample")
     how.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
     how.add_argument("--steps", type=int, default=20)
-    how.add_argument("--guidance-scale", type=float, default=7.5, help="1 is off")
+    add_guidance_option(how)
     how.add_argument("--eta", type=float, default=0.0, help="noise added by ddim, 0 none to 1")
     how.add_argument("--attention", choices=ATTENTIONS, default="fused", help="kernel of calls that keep no map")
     how.add_argument("--batch-size", type=int, default=4, metavar="N", help="images sampled together")
@@ -84,15 +84,23 @@ def sample_parser() -> argparse.ArgumentParser:
     return p
 
 
+def add_guidance_option(parser: argparse._ActionsContainer) -> None:
+    """How far to follow the prompt; `load_model` fills in the model's own."""
+    told = "1 is off; default: the model's own, 7.5 where it does not tell"
+    parser.add_argument("--guidance-scale", type=float, metavar="G", help=told)
+
+
 def load_model(args: argparse.Namespace, device: str | None = None) -> Pipeline:
     """The model that `add_model_options` names; device: another one than asked for. Raises: ValueError."""
-    return load(
+    pipeline = load(
         args.model,
         device=device or args.device,
         dtype=args.dtype,
         prediction_type=args.prediction_type,
         tokenizer=args.tokenizer,
     )
+    args.guidance_scale = pipeline.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    return pipeline
 
 
 def parse_bytes(text: str) -> int:

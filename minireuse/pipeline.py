@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minireuse import checkpoint
-from minireuse.config import PREDICTION_TYPES
+from minireuse.config import GUIDANCE_SCALE, PREDICTION_TYPES
 from minireuse.files import shipped_model
 from minireuse.guidance import guided_denoise
 from minireuse.reuse import ReuseCache, ReusePlan, Site
@@ -77,7 +77,7 @@ def load(
     text = parts.text.to(place, dtype=precision)
     for module in (unet, vae, text):
         module.eval().requires_grad_(False)
-    return Pipeline(unet, vae, text, Schedule.from_config(parts.schedule))
+    return Pipeline(unet, vae, text, Schedule.from_config(parts.schedule), parts.guidance_scale)
 
 
 def _device(name: str) -> torch.device:
@@ -108,6 +108,7 @@ class Pipeline:
     vae: VAE
     text: TextEncoder
     schedule: Schedule
+    guidance_scale: float = GUIDANCE_SCALE  # what `generate` takes unless told
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -178,7 +179,7 @@ class Pipeline:
         negative_prompts: str | Sequence[str] | None = None,
         steps: int = 20,
         sampler: str = "ddim",
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         seeds: int | Sequence[int] = 0,
         height: int | None = None,
         width: int | None = None,
@@ -196,6 +197,7 @@ class Pipeline:
         """Generate one batch of images: a prompt and a seed each, either of them given once for all.
 
         height, width: pixels; None is what the model was trained at. latents: initial noise instead of the seeds'.
+        guidance_scale: None is the model's own, 7.5 where it does not tell; 1 is off.
         init_images: (B, 3, H, W) in -1 ... 1, taken `strength` of the way to noise and denoised from there.
         eta: noise added by ddim (0 none, 1 as much as DDPM); samplers that are stochastic by name always use 1.
         cache: where reused tensors are kept; None makes one in float16. attention: "explicit" writes every map out.
@@ -205,6 +207,7 @@ class Pipeline:
         Raises: ValueError with one sentence for an argument that does not fit; PlanError for a plan that does not.
         """
         solver = _sampler(sampler)
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         for name, number in (("eta", eta), ("guidance_scale", guidance_scale)):
             if not math.isfinite(number):
                 raise ValueError(f"{name} is {number}, expected a finite number")

@@ -64,7 +64,7 @@ class Renderer:
         *,
         sampler: str = "ddim",
         steps: int = 20,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         cache_dtype: torch.dtype = torch.float16,
         memory: int = 2**29,
     ) -> None:

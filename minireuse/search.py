@@ -25,7 +25,7 @@ from minireuse.costs import Costs, measure, measured_latency
 from minireuse.files import read_prompts, write_whole
 from minireuse.journal import Journal
 from minireuse.metrics import fidelity
-from minireuse.options import add_model_options, load_model
+from minireuse.options import add_guidance_option, add_model_options, load_model
 from minireuse.pipeline import Pipeline
 from minireuse.policies import hurry, select
 from minireuse.ranks import Ranks, shared_status
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--layerwise", action="store_true", help="let layers and kinds differ, within --budget-latency")
     p.add_argument("--kind", choices=KINDS, help="default: map; with --layerwise all of them side by side")
     p.add_argument("--sites", choices=("self", "cross", "both"), default="both")
-    p.add_argument("--guidance-scale", type=float, default=7.5)
+    add_guidance_option(p)
     p.add_argument("--prompts-file", type=Path, help="calibration prompts, one per line; default: the shipped model's")
     p.add_argument("--prompts", type=int, default=8, metavar="N", help="how many of them; prompt i takes seed i")
     p.add_argument("--seed", type=int, default=0, help="seed of the first prompt")

@@ -201,8 +201,8 @@ def generalisation(study: Study, count: int = 8) -> dict[str, Any]:
         "euler": {"sampler": "euler"},
         "10 steps": {"steps": 10},
         "30 steps": {"steps": 30},
-        "guidance 3": {"guidance_scale": 3.0},
-        "guidance 12": {"guidance_scale": 12.0},
+        "guidance 2": {"guidance_scale": 2.0},
+        "guidance 7.5": {"guidance_scale": 7.5},
     }
     gains = {}
     for kind, (name, setting) in itertools.product(("map", "deep"), settings.items()):

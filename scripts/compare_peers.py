@@ -79,6 +79,7 @@ def peers(ours: minireuse.Pipeline, folder: Path, steps: int) -> dict[str, Runne
     def runner(call: Callable[..., Any], **settings: Any) -> Runner:
         def sample(prompts: Sequence[str], latents: Tensor) -> np.ndarray:
             options = {"num_inference_steps": steps, "latents": latents.to(ours.device), "output_type": "latent"}
+            options["guidance_scale"] = ours.guidance_scale
             return ours.to_images(call(list(prompts), **options, **settings).images)
 
         return Runner(sample, calls=steps)

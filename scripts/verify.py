@@ -388,6 +388,7 @@ def _generate(args: argparse.Namespace, scenes: Sequence[Scene]) -> list[Array]:
     from minireuse.policies import build
 
     pipe = minireuse.load(args.model)
+    args.guidance_scale = pipe.guidance_scale if args.guidance_scale is None else args.guidance_scale
     plan = build(args.policy, pipe.calls("ddim", args.steps), pipe.sites)
     images: list[Array] = []
     for start in tqdm(range(0, len(scenes), 10), desc="generate"):
@@ -413,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", metavar="PATH", help="a folder or file; default: the model of the package")
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance-scale", type=float, default=7.5)
+    parser.add_argument("--guidance-scale", type=float, help="default: the model's own")
     parser.add_argument("--policy", default="none", help="which U-Net calls reuse: none, hurry, interval, ...")
     parser.add_argument("--grid", type=Path, metavar="FILE.png", help="where to write the pictures, ten in a row")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="where to write the scores and what was wrong")

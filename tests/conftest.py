@@ -18,7 +18,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import minireuse
 from minireuse.config import ScheduleConfig, UNetConfig, VAEConfig
 
+import faults
 from make_tokenizer import make_tokenizer
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if faults.TRIED:
+        terminalreporter.write_line("\n" + faults.table())
+        if "FAULTS" in os.environ:
+            faults.write(Path(os.environ["FAULTS"]))
+
 
 TINY_UNET = UNetConfig(
     block_out_channels=(32, 64, 64),

@@ -22,9 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import minireuse
 from minireuse import checkpoint, ldm
 from minireuse.checkpoint import CheckpointError, Parts, load_parts
-from minireuse.config import SD1_UNET, SD2_UNET, SD_VAE, ConfigError, VAEConfig
+from minireuse.config import SD1_UNET, SD2_UNET, SD_VAE, VAEConfig
+from minireuse.reader import ConfigError
 from minireuse.text import TextEncoder
 from minireuse.unet import UNet
 from minireuse.vae import VAE
@@ -683,6 +685,24 @@ def test_other_schedules_are_refused(prediction: str, folder: Path) -> None:
 def test_other_text_encoders_are_refused(changes: dict[str, object], expected: str, folder: Path) -> None:
     edit_json(folder / "text_encoder" / "config.json", **changes)
     with pytest.raises((CheckpointError, ConfigError), match=expected):
+        load_parts(folder, torch.float32)
+
+
+def test_a_model_tells_its_own_guidance_scale(folder: Path, model_folder: Path) -> None:
+    """diffusers skips the key; without it, it is Stable Diffusion's."""
+    assert minireuse.load(model_folder, device="cpu").guidance_scale == 7.5
+    edit_json(folder / "model_index.json", _guidance_scale=3.0)
+    pipe = minireuse.load(folder, device="cpu")
+    own, told = (pipe.generate("a star", steps=2, **s).latents for s in ({}, {"guidance_scale": 3.0}))
+    assert torch.equal(own, told)
+    assert not torch.equal(own, pipe.generate("a star", steps=2, guidance_scale=7.5).latents)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    reference = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
+    expected = reference("a star", latents=latents, **settings).images
+    assert relative_error(pipe.generate("a star", steps=2, latents=latents).latents, expected) < 1e-4
+    edit_json(folder / "model_index.json", _guidance_scale="strong")
+    with pytest.raises(ConfigError, match=r"model_index\.json: _guidance_scale is 'strong', expected a"):
         load_parts(folder, torch.float32)
 
 

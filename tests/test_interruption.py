@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from minireuse import evaluate, sample, search
 
+import faults
 import reproduce
 from trainer import train
 
@@ -127,6 +128,7 @@ def test_killed_work_ends_as_if_it_had_not_been(kind: str, given: dict[str, list
     finish(target, given[kind], killed)
     assert found(killed) == found(whole)
     assert hits >= KILLS - 2
+    faults.note(f"kill -9 of a {kind}", "resumed to the same result", hits)
 
 
 def run_search_on_a_full_disk(argv: list[str], out: Path) -> None:
@@ -152,9 +154,11 @@ def test_a_full_disk_is_told_and_loses_nothing(
     assert not (full / "plan.json").exists()
     finish(run_search, given["search"], full)
     assert plan_found(full) == plan_found(whole)
+    faults.note("full disk", "told in one sentence, resumed to the same result")
 
 
 def test_a_folder_that_cannot_be_written_to(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = sample.main(["--prompt", "a star", "--model", str(model_folder), "--steps", "1", "--out", "/proc/a/b.png"])
     assert status == 2
     assert capsys.readouterr().err.count("error: ") == 1
+    faults.note("folder that cannot be written to", "told in one sentence")

@@ -68,7 +68,8 @@ def test_diffusers_loads_it_unchanged_and_agrees(pipe: minireuse.Pipeline) -> No
     reference = diffusers.StableDiffusionPipeline.from_pretrained(shipped_model(), torch_dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
     latents = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
-    expected = reference(PROMPT, num_inference_steps=5, latents=latents, output_type="latent").images
+    settings = {"num_inference_steps": 5, "guidance_scale": pipe.guidance_scale, "output_type": "latent"}
+    expected = reference(PROMPT, latents=latents, **settings).images
     assert relative_error(pipe.generate(PROMPT, steps=5, latents=latents).latents, expected) < 1e-4
 
 

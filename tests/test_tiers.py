@@ -10,7 +10,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "minireuse"
 TIERS = (
     ("files", "command", "kept"),
-    ("config", "journal", "tensors", "reuse", "ranks"),
+    ("reader", "journal", "tensors", "reuse", "ranks"),
+    ("config",),
     ("schedule",),
     ("layers", "samplers", "searched", "phast"),
     ("attention", "policies"),
