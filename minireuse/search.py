@@ -53,10 +53,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sites", choices=("self", "cross", "both"), default="both")
     add_guidance_option(p)
     p.add_argument("--prompts-file", type=Path, help="calibration prompts, one per line; default: the shipped model's")
-    p.add_argument("--prompts", type=int, default=8, metavar="N", help="how many of them; prompt i takes seed i")
+    p.add_argument("--prompts", type=int, default=4, metavar="N", help="how many of them; prompt i takes seed i")
     p.add_argument("--seed", type=int, default=0, help="seed of the first prompt")
     p.add_argument("--check", type=int, default=8, metavar="N", help="further prompts, for scoring the plan found")
-    p.add_argument("--first", action="store_true", help="take the first move that improves, not the best of all")
+    p.add_argument("--steepest", action="store_true", help="take the best move of all, not the first that improves")
     p.add_argument("--budget", metavar="N|Nmin", help="stop after so many U-Net calls of this run, or minutes")
     add_model_options(p)
     p.add_argument("--out", type=Path, required=True, help="plan file; a folder for several K")
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
                 render,
                 score=lambda images: float(fidelity(images, reference).mean()),
                 journal=journal,
-                steepest=not args.first,
+                steepest=args.steepest,
                 more=left,
                 on_try=show,
                 ranks=ranks,
@@ -270,7 +270,7 @@ def describe(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str]) -
         "guidance_scale": args.guidance_scale,
         "prompts": prompts,
         "first_seed": args.seed,
-        "steepest": not args.first,
+        "steepest": args.steepest,
         "dtype": str(pipeline.dtype),
     }
 

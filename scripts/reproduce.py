@@ -89,7 +89,7 @@ def layerwise(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     """Claim 9: layer-wise plans are closer than step-wise ones of the same latency."""
     folder, found = args.out / "layerwise", {}
     model = [] if args.model is None else ["--model", str(args.model), "--prompts-file", str(args.prompts_file)]
-    common = ["--steps", str(args.steps), "--budget-latency", "0.7", "--first", "--prompts", "4"]
+    common = ["--steps", str(args.steps), "--budget-latency", "0.7"]
     for name, options in {"layers": ["--layerwise"], **{k: ["--kind", k] for k in KINDS}}.items():
         out = folder / f"{name}.json"
         if not out.exists():

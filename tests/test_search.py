@@ -98,7 +98,7 @@ def test_a_latency_chooses_the_number_of_reuse_calls(
     run, made_up, tmp_path: Path, pipeline: minireuse.Pipeline
 ) -> None:
     costs = made_up([select(pipeline.sites, kind="deep")], [0.7])
-    argv = ["--budget-latency", "0.6", "--kind", "deep", "--first", "--out", str(tmp_path / "p.json")]
+    argv = ["--budget-latency", "0.6", "--kind", "deep", "--out", str(tmp_path / "p.json")]
     assert run(*argv)[0] == 0
     text = (tmp_path / "p.json").read_text()
     plan, about = ReusePlan.from_json(text), json.loads(text)["about"]
@@ -117,7 +117,7 @@ def test_layers_and_kinds_side_by_side(run, made_up, tmp_path: Path, pipeline: m
     names = ["map of self attention at resolution 0", "out of cross attention at resolution 0", "deep of up_blocks.2"]
     saved = [0.4 if name in names else 0.001 for name in groups]
     costs = made_up(list(groups.values()), saved)
-    argv = ["--layerwise", "--budget-latency", "0.7", "--steps", "4", "--first", "--check", "0", "--out", str(tmp_path)]
+    argv = ["--layerwise", "--budget-latency", "0.7", "--steps", "4", "--check", "0", "--out", str(tmp_path)]
     assert run(*argv)[0] == 0
     text = (tmp_path / "ddim-4-layerwise-0.7.json").read_text()
     plan, about = ReusePlan.from_json(text), json.loads(text)["about"]
