@@ -48,9 +48,9 @@ def storing_attention(q: Tensor, k: Tensor, v: Tensor, kept: Kept) -> Tensor:
     Block by block: what has been computed is kept and multiplied by v before it leaves the processor's cache.
     """
     y = torch.empty_like(q)
-    blocks = list(kept.blocks())
+    blocks = list(kept.blocks(q.device))
     size = math.prod(q[blocks[0]].shape[:3]) * k.shape[2]
-    scratch = None if torch.is_grad_enabled() else torch.empty(size, device=q.device)
+    scratch = None if torch.is_grad_enabled() else torch.empty(size, device=q.device, dtype=torch.float32)
     for block in blocks:
         heads = block[:2]
         probs = attention_probs(q[block], k[heads], scratch)

@@ -62,14 +62,17 @@ def measure(
     groups: Sequence[Sequence[Site]],
     *,
     rounds: int = 9,
+    size: tuple[int, int] | None = None,
     cache_dtype: torch.dtype = torch.float16,
 ) -> Costs:
-    """Time guided calls for one image of the model's own size: plain, storing and reusing each group, in turn.
+    """Time guided calls for one image: plain, storing and reusing each group, in turn.
 
+    size: of the latents; None is the model's own.
     Machines are noisy: the kinds of call alternate, and of what a group adds in each round the median counts.
     """
     config = pipeline.unet.config
-    x = torch.randn(2, config.in_channels, config.sample_size, config.sample_size).to(pipeline.device, pipeline.dtype)
+    height, width = size or (config.sample_size, config.sample_size)
+    x = torch.randn(2, config.in_channels, height, width).to(pipeline.device, pipeline.dtype)
     text = pipeline.unet.text_kv(pipeline.text.encode(["", ""]))
     cache = ReuseCache(cache_dtype)
 

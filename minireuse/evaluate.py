@@ -289,6 +289,7 @@ def describe(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], r
     """What the figures depend on: a journal must agree with it to be resumed."""
     return {
         "model": pipeline.fingerprint,
+        "prediction_type": pipeline.schedule.prediction_type,
         "sampler": args.sampler,
         "steps": args.steps,
         "spacing": pipeline.schedule.spacing,

@@ -32,6 +32,10 @@ class _Ledger(ReuseCache):
         self.sites[site] = max(kept.nbytes, self.sites.get(site, 0))
         return super()._keep(site, kept, step, dtype)
 
+    def drop(self, sites: frozenset[Site]) -> None:
+        for site in sites:
+            del self._entries[site]
+
 
 def forecast(
     unet: UNet,
@@ -60,7 +64,9 @@ def forecast(
 
     for call in range(plan.calls):
         step = plan.step(call)
-        if step.store or step.reuse:
+        if not step.store:
+            ledger.drop(step.last)  # a call that keeps nothing new need not be walked through
+        else:
             images = batch * (2 if step.guided else 1)
             context = meta(images, tokens, config.cross_attention_dim)
             unet(meta(images, config.in_channels, *size), meta(1), context, step, ledger)

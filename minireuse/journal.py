@@ -9,6 +9,8 @@ from typing import Any
 
 from minireuse.files import parse_json
 
+START = b'{"settings": '
+
 
 class Journal:
     """Results by key, appended to a file as they come: JSON lines, the first of which names what the work was.
@@ -31,6 +33,10 @@ class Journal:
         lines = path.read_bytes().splitlines(keepends=True)
         unfinished = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
         records = [_record(line) for line in lines]
+        if not records and START.startswith(unfinished[: len(START)]):  # killed, or out of space, at its very beginning
+            os.truncate(path, 0)
+            self._append({"settings": settings})
+            return
         if not records or "settings" not in records[0]:
             raise ValueError(f"{path} is not a journal; remove it, or name another output")
         if records[0]["settings"] != json.loads(json.dumps(settings)):

@@ -39,6 +39,14 @@ class Kept:
         return cls(torch.empty(*shape, dtype=dtype, device=device), scale)
 
     @classmethod
+    def of_map(cls, probs: Tensor, dtype: torch.dtype, device: torch.device | str) -> Kept:
+        """A copy of a whole map. Shapes: (B, K, N, M)."""
+        kept = cls.empty(probs.shape, dtype, device)
+        for block in kept.blocks(probs.device):
+            kept[block] = probs[block]
+        return kept
+
+    @classmethod
     def of(cls, value: Tensor, dtype: torch.dtype, device: torch.device | str) -> Kept:
         """A copy of an output or a feature. Shapes: (B, R, ...)."""
         if dtype != torch.uint8:
@@ -53,16 +61,17 @@ class Kept:
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.values, self.scale) if t is not None)
 
-    def blocks(self) -> Iterator[Block]:
-        """The parts in which a map is written and read."""
+    def blocks(self, device: torch.device) -> Iterator[Block]:
+        """The parts in which a map is written and read by computations on `device`."""
         b, heads, rows, columns = self.values.shape
-        least = BLOCK_BYTES.get(self.values.device.type, BLOCK_BYTES["cuda"]) // 4 // columns  # rows of a block
+        least = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"]) // 4 // columns  # rows of a block
         height, depth = max(1, min(rows, least)), max(1, min(heads, least // rows))
         for i, k, n in product(range(b), range(0, heads, depth), range(0, rows, height)):
             yield slice(i, i + 1), slice(k, k + depth), slice(n, n + height)
 
     def __setitem__(self, block: Block, probs: Tensor) -> None:
         """Keep a part of a map. Shapes: probs (b, k, n, M), float32."""
+        probs = probs.detach()  # the cache is no part of a graph of gradients
         if self.scale is None:
             self.values[block] = probs
             return
@@ -75,12 +84,11 @@ class Kept:
         if self.scale is None and self.values.dtype == v.dtype and self.values.device == v.device:
             return self.values @ v
         y = v.new_empty(*self.values.shape[:3], v.shape[-1])
-        for block in self.blocks():
+        for block in self.blocks(v.device):
             probs = self.values[block].to(v)
-            if self.scale is None:
-                y[block] = probs @ v[block[:2]]
-            else:
-                y[block] = (probs.div_(255).square_() @ v[block[:2]]).mul_(self.scale[block].to(v))
+            if self.scale is not None:
+                probs = probs.div_(255).square_().mul_(self.scale[block].to(v))
+            y[block] = probs @ v[block[:2]]
         return y
 
     def read(self, like: Tensor) -> Tensor:

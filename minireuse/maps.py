@@ -28,7 +28,7 @@ class Handed(Kept):
 
     then: Callable[[Tensor], object]
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self, device: torch.device) -> Iterator[Block]:
         yield slice(None), slice(None), slice(None)
 
     def __setitem__(self, block: Block, probs: Tensor) -> None:

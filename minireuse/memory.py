@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from minireuse.budget import groups_of
 from minireuse.costs import measure
 from minireuse.pipeline import Pipeline
-from minireuse.reuse import ReuseCache, ReusePlan, Site
+from minireuse.reuse import ReusePlan, Site
 
 
 @dataclass(frozen=True)
@@ -52,35 +51,22 @@ def choose(
     return restrict(plan, [site for n in names for site in shares[n].sites]), names
 
 
-@torch.inference_mode()
 def weigh(
     pipeline: Pipeline,
     plan: ReusePlan,
-    prompt: str,
+    groups: Mapping[str, Sequence[Site]],
+    render: Callable[[ReusePlan], np.ndarray],
     *,
-    seed: int,
-    steps: int,
-    sampler: str,
-    guidance_scale: float,
+    size: tuple[int, int],
     cache_dtype: torch.dtype,
 ) -> dict[str, Share]:
-    """What each group of the plan's sites does to one image, and to the time of a call on this machine."""
-    groups = groups_of(plan.sites, len(pipeline.unet.config.block_out_channels))
+    """What each group does to an image when it alone follows the plan, and to the time of a call on this machine.
 
-    def render(which: Sequence[Site]) -> np.ndarray:
-        return pipeline.generate(
-            prompt,
-            seeds=seed,
-            steps=steps,
-            sampler=sampler,
-            guidance_scale=guidance_scale,
-            plan=restrict(plan, which),
-            cache=ReuseCache(cache_dtype),
-        ).images.astype(float)
-
-    full = render(())
-    costs = measure(pipeline, list(groups.values()), rounds=3, cache_dtype=cache_dtype)
+    render: of a plan, the image. Shapes: size (h, w) of its latents.
+    """
+    full = render(restrict(plan, ())).astype(float)
+    costs = measure(pipeline, list(groups.values()), rounds=3, size=size, cache_dtype=cache_dtype)
     return {
-        name: Share(sites, float(np.square(render(sites) - full).mean()), -saved)
-        for (name, sites), saved in zip(groups.items(), costs.reuse, strict=True)
+        name: Share(tuple(sites), float(np.square(render(restrict(plan, sites)) - full).mean()), -added)
+        for (name, sites), added in zip(groups.items(), costs.reuse, strict=True)
     }

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minireuse import checkpoint
 from minireuse.config import GUIDANCE_SCALE, PREDICTION_TYPES
+from minireuse.devices import pick_device, pick_dtype
 from minireuse.files import shipped_model
 from minireuse.guidance import guided_denoise
 from minireuse.reuse import ReuseCache, ReusePlan, Site
@@ -64,8 +65,8 @@ def load(
     """
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise ValueError(f"prediction_type is {prediction_type!r}, expected one of {', '.join(PREDICTION_TYPES)}")
-    place = _device(device)
-    precision = _dtype(dtype, place)
+    place = pick_device(device)
+    precision = pick_dtype(dtype, place)
     folder = Path(path or shipped_model())
     if place.type == "meta":
         parts = checkpoint.empty_parts(folder, prediction_type)
@@ -78,26 +79,6 @@ def load(
     for module in (unet, vae, text):
         module.eval().requires_grad_(False)
     return Pipeline(unet, vae, text, Schedule.from_config(parts.schedule), parts.guidance_scale)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):  # torch built without CUDA asserts
-        raise ValueError(f"device {name!r} is not available here; use auto, cpu, cuda or mps") from None
-    return device
-
-
-def _dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
-    dtype = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"dtype is {name!r}, expected auto, float32, float16 or bfloat16")
-    return dtype
 
 
 @dataclass

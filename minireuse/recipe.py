@@ -7,7 +7,7 @@ import io
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
@@ -30,6 +30,7 @@ class Recipe:
 
     jobs: prompts and seeds of the batch it was sampled in, of which it is number `place`; matrix products may sum in
     another order for another batch. init_image: path and digest, or empty. model: a path. fingerprint: of the U-Net.
+    watched: the sites of which --save-maps wrote the maps, or empty; these are computed by another kernel.
     """
 
     jobs: tuple[tuple[str, int], ...]
@@ -51,6 +52,8 @@ class Recipe:
     plan: ReusePlan
     model: str
     fingerprint: str
+    prediction_type: str
+    watched: str
 
     def chunks(self) -> dict[str, str]:
         """The text of a PNG."""
@@ -74,9 +77,18 @@ class Recipe:
             "plan": self.plan.to_json(),
             "model": self.model,
             "fingerprint": self.fingerprint,
+            "prediction_type": self.prediction_type,
+            "watched": self.watched,
             "batch": json.dumps({"place": self.place, "jobs": self.jobs}),
             "versions": versions(),
         }
+
+    def check_text(self) -> None:
+        """Raises: ValueError for what a PNG cannot hold: found out before the pictures are painted, not after."""
+        try:
+            "".join(replace(self, jobs=(("", 0),), place=0).chunks().values()).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a path or a text is not UTF-8 ({error.reason}), which a PNG cannot hold") from None
 
     @classmethod
     def from_chunks(cls, chunks: dict[str, str]) -> Recipe:
@@ -120,6 +132,8 @@ class Recipe:
             plan=get("plan", ReusePlan.from_json),
             model=get("model", str),
             fingerprint=get("fingerprint", str),
+            prediction_type=get("prediction_type", str),
+            watched=get("watched", str),
         )
 
 
@@ -175,7 +189,12 @@ def from_png(path: Path) -> tuple[Recipe, str]:
             chunks = {str(key): str(value) for key, value in image.info.items()}
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a PNG; give one that this command wrote") from None
-    except (SyntaxError, ValueError, OSError) as error:  # Pillow's words for broken files and texts that are too long
+    except (
+        SyntaxError,
+        ValueError,
+        OSError,
+        Image.DecompressionBombError,
+    ) as error:  # Pillow's words for broken files and texts that are too long
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's own
         raise ValueError(f"{path} is a broken PNG ({error}); give one that this command wrote") from None

@@ -285,8 +285,7 @@ class ReuseCache:
     def __init__(self, dtype: torch.dtype = torch.float16, device: torch.device | str | None = None) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"cache dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}")
-        self.dtype = dtype
-        self.device = device
+        self.dtype, self.device = dtype, device
         self.peak_nbytes = 0
         self._entries: dict[Site, _Entry] = {}
 
@@ -311,7 +310,8 @@ class ReuseCache:
 
         Shapes: (2B, ...) in a guided call, unconditional half first; (B, ...) in others.
         """
-        self._keep(site, Kept.of(value, self.dtype, self.device or value.device), step, dtype)
+        keep = Kept.of_map if site.kind == "map" else Kept.of
+        self._keep(site, keep(value, self.dtype, self.device or value.device), step, dtype)
 
     def _keep(self, site: Site, kept: Kept, step: StepPlan, dtype: torch.dtype) -> Kept:
         self._entries[site] = _Entry(kept, dtype, step.guided)

@@ -6,9 +6,10 @@ import argparse
 import itertools
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,17 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from minireuse.cache_options import advice_on_memory, foretell, within_budget
 from minireuse.command import exit_status
+from minireuse.devices import is_available
 from minireuse.files import read_lines, write_whole
-from minireuse.forecast import Forecast, forecast
 from minireuse.maps import MapRecorder, words_of
-from minireuse.memory import choose, weigh
-from minireuse.options import CACHE_DTYPES, load_model, mebibytes, parse_bytes, sample_parser
-from minireuse.pipeline import ATTENTIONS, Pipeline
+from minireuse.options import CACHE_DTYPES, load_model, mebibytes, sample_parser
+from minireuse.pipeline import ATTENTIONS, Pipeline, Result
 from minireuse.policies import build, policies_for, select
 from minireuse.recipe import SHIPPED, Recipe, digest_of, from_png, to_png, versions
 from minireuse.reuse import ReuseCache, ReusePlan
-from minireuse.samplers import SAMPLERS
+from minireuse.samplers import SAMPLERS, Step
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -63,51 +64,35 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     wanted = range(len(jobs)) if again is None else [again.place]
     targets = _targets(args.out, len(wanted))
     _check(args)
-    pipeline = load_model(args, "meta" if args.dry_run else None)
-    if again is not None and again.fingerprint != pipeline.fingerprint:
+    # A dry run reads no weights, but for phast, which has to know whose plan it looks for.
+    pipeline = load_model(args, "meta" if args.dry_run and "phast" not in args.policy else None)
+    if again is not None and not args.dry_run and again.fingerprint != pipeline.fingerprint:
         raise ValueError(f"{args.from_png} was made by another model than {_model_name(args)}; give its with --model")
     init_image = None if args.init_image is None else _read_image(args.init_image, args, pipeline)
     strength = None if init_image is None else args.strength
     calls = pipeline.calls(args.sampler, args.steps, strength)
     plan = again.plan if again is not None else _plan(args, pipeline, calls)
+    batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
     if args.dry_run:
-        return foretell(args, pipeline, plan, min(len(jobs), args.batch_size))
+        return foretell(args, plan, len(batches[0]))
     if args.cache_budget is not None:
-        plan = within_budget(args, pipeline, plan, min(len(jobs), args.batch_size), jobs[0])
+        with advice_on_memory(args, plan, len(batches[0])):
+            render = lambda p: paint(args, pipeline, init_image, jobs[:1], p, _cache(args)).images  # noqa: E731
+            plan = within_budget(args, pipeline, plan, len(batches[0]), render)
 
     recipe = _recipe(args, pipeline, plan)
+    recipe.check_text()
     seconds, peak, written = 0.0, 0, list[Path]()
-    batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
     steps = len(pipeline.timesteps(args.steps, strength)) * len(batches)
     hidden = args.quiet or args.json
     with tqdm(total=steps, desc=plan.grid or "reuse by site", unit="step", disable=hidden, dynamic_ncols=True) as bar:
         for number, batch in enumerate(batches):
-            prompts = [prompt for prompt, _ in batch]
-            cache = _cache(args, pipeline, plan, prompts, len(written))
-            try:
-                result = pipeline.generate(
-                    prompts,
-                    negative_prompts=args.negative_prompt,
-                    steps=args.steps,
-                    sampler=args.sampler,
-                    guidance_scale=args.guidance_scale,
-                    seeds=[seed for _, seed in batch],
-                    height=args.height,
-                    width=args.width,
-                    plan=plan,
-                    init_images=None if init_image is None else init_image.expand(len(batch), -1, -1, -1),
-                    strength=args.strength,
-                    eta=args.eta,
-                    cache=cache,
-                    attention=args.attention,
-                    on_step=lambda step: bar.update(),
-                    wrap=cache.wrap if isinstance(cache, MapRecorder) else None,
-                    watch=select(pipeline.sites, args.sites) if isinstance(cache, MapRecorder) else (),
-                )
-            except RuntimeError as error:
-                raise _out_of_memory(error, args, plan, len(batch)) from error
-            if isinstance(cache, MapRecorder):
-                cache.finish(result.images, (result.latents.shape[2], result.latents.shape[3]))
+            recorder = None if args.save_maps is None else _recorder(args, pipeline, plan, batch, len(written))
+            with advice_on_memory(args, plan, len(batch)):
+                cache = _cache(args) if recorder is None else recorder
+                result = paint(args, pipeline, init_image, batch, plan, cache, lambda step: bar.update())
+            if recorder is not None:
+                recorder.finish(result.images, (result.latents.shape[2], result.latents.shape[3]))
             seconds, peak = seconds + result.seconds, max(peak, result.cache_peak_bytes)
             for place, image in enumerate(result.images):
                 if number * args.batch_size + place in wanted:
@@ -129,28 +114,73 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def paint(
+    args: argparse.Namespace,
+    pipeline: Pipeline,
+    init_image: Tensor | None,
+    batch: Sequence[tuple[str, int]],
+    plan: ReusePlan,
+    cache: ReuseCache,
+    on_step: Callable[[Step], object] | None = None,
+) -> Result:
+    """One batch of prompts and seeds, as the arguments say. Shapes: init_image (1, 3, H, W)."""
+    recorder = cache if isinstance(cache, MapRecorder) else None
+    return pipeline.generate(
+        [prompt for prompt, _ in batch],
+        negative_prompts=args.negative_prompt,
+        steps=args.steps,
+        sampler=args.sampler,
+        guidance_scale=args.guidance_scale,
+        seeds=[seed for _, seed in batch],
+        height=args.height,
+        width=args.width,
+        plan=plan,
+        init_images=None if init_image is None else init_image.expand(len(batch), -1, -1, -1),
+        strength=args.strength,
+        eta=args.eta,
+        cache=cache,
+        attention=args.attention,
+        on_step=on_step,
+        wrap=None if recorder is None else recorder.wrap,
+        watch=() if recorder is None else select(pipeline.sites, args.sites),
+    )
+
+
 def replay(args: argparse.Namespace) -> Recipe:
     """Set the arguments to what `--from-png` was made with. Raises: ValueError where others are given beside it."""
     free = {"from_png", "out", "overwrite", "json", "quiet", "device", "model", "tokenizer", "save_maps", "dry_run"}
+    free.add("init_image")  # where it lies now; it has to be the same one
     defaults = sample_parser()
     given = [name for name, value in vars(args).items() if name not in free and value != defaults.get_default(name)]
     if given:
         raise ValueError(f"--from-png takes everything from the file; leave out --{given[0].replace('_', '-')}")
     recipe, made_with = from_png(args.from_png)
-    if made_with != versions():
-        print(f"note: it was made with {made_with}; this is {versions()}, so pixels may differ", file=sys.stderr)
+    differs = [] if made_with == versions() else [f"with {made_with}, and this is {versions()}"]
     for name in ("negative_prompt", "sampler", "steps", "guidance_scale", "eta", "height", "width", "strength"):
         setattr(args, name, getattr(recipe, name))
-    for name in ("attention", "dtype", "cache_dtype", "policy"):
+    for name in ("attention", "dtype", "cache_dtype", "policy", "prediction_type"):
         setattr(args, name, getattr(recipe, name))
     args.batch_size = len(recipe.jobs)
     if args.model is None and recipe.model != SHIPPED:
         args.model = Path(recipe.model)
+    if args.device == "auto" and re.fullmatch(r"cpu|mps|cuda(:\d+)?", recipe.device) and is_available(recipe.device):
+        args.device = recipe.device
+    elif args.device != recipe.device:
+        differs.append(f"on {recipe.device}")
+    if recipe.watched:
+        args.sites = recipe.watched
+        if args.save_maps is None:
+            differs.append("with --save-maps, whose maps are computed by another kernel")
+    if differs:
+        print(f"note: it was made {' and '.join(differs)}, so pixels may differ", file=sys.stderr)
+    if not recipe.init_image and args.init_image is not None:
+        raise ValueError(f"{args.from_png} began with noise; leave out --init-image")
     if recipe.init_image:
         path, digest = recipe.init_image
-        args.init_image = Path(path)
+        args.init_image = args.init_image or Path(path)
         if not args.init_image.is_file() or digest_of(args.init_image) != digest:
-            raise ValueError(f"{args.from_png} began with the image {path}, which is gone or has changed; put it back")
+            advice = "put it back, or say with --init-image where it is"
+            raise ValueError(f"{args.from_png} began with the image {path}, which is gone or has changed; {advice}")
     return recipe
 
 
@@ -201,17 +231,8 @@ def _recipe(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan) -> Re
         plan=plan,
         model=_model_name(args),
         fingerprint=pipeline.fingerprint,
-    )
-
-
-def _out_of_memory(error: RuntimeError, args: argparse.Namespace, plan: ReusePlan, batch: int) -> Exception:
-    """The error, or, if it is that memory ran out, one that says what would help."""
-    if not isinstance(error, torch.cuda.OutOfMemoryError) and "alloc" not in str(error).lower():
-        return error
-    peak = mebibytes(_forecast(args, load_model(args, "meta"), plan, batch).peak)
-    return ValueError(
-        f"out of memory with a batch of {batch}, of which the cache takes up to {peak}; try --batch-size 1, "
-        "--cache-dtype uint8, --cache-budget, --sites cross, or a smaller --height and --width"
+        prediction_type=pipeline.schedule.prediction_type,
+        watched="" if args.save_maps is None else args.sites,
     )
 
 
@@ -219,64 +240,16 @@ def _model_name(args: argparse.Namespace) -> str:
     return SHIPPED if args.model is None else str(args.model)
 
 
-def foretell(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, batch: int) -> dict[str, Any]:
-    """What `--dry-run` tells: the bytes that a batch will keep, by site and at its fullest moment."""
-    found = _forecast(args, pipeline, plan, batch)
-    return {
-        "sites": {f"{site.kind} of {site.address}": size for site, size in found.sites.items()},
-        "cache_peak_bytes": found.peak,
-        "cache_dtype": args.cache_dtype,
-        "batch": batch,
-        "calls": plan.calls,
-        "reused": plan.reused,
-        "plan": plan.grid,
-    }
+def _cache(args: argparse.Namespace) -> ReuseCache:
+    return ReuseCache(getattr(torch, args.cache_dtype))
 
 
-def within_budget(
-    args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, batch: int, job: tuple[str, int]
-) -> ReusePlan:
-    """The plan with as many sites as `--cache-budget` has room for, chosen on the first image; tells which."""
-    budget = parse_bytes(args.cache_budget)
-    empty = load_model(args, "meta")
-    if _forecast(args, empty, plan, batch).peak <= budget:
-        return plan
-    shares = weigh(
-        pipeline,
-        plan.on(pipeline.sites),
-        job[0],
-        seed=job[1],
-        steps=args.steps,
-        sampler=args.sampler,
-        guidance_scale=args.guidance_scale,
-        cache_dtype=getattr(torch, args.cache_dtype),
-    )
-    fitting, names = choose(plan, shares, lambda p: _forecast(args, empty, p, batch).peak, budget)
-    for name, share in shares.items():
-        does = "reuses" if name in names else "computes"
-        effect = f"squared error {share.damage:.3g}, {1000 * share.saved:.1f} ms saved a call"
-        print(f"note: {name} {does} ({effect})", file=sys.stderr)
-    return fitting
-
-
-def _forecast(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, batch: int) -> Forecast:
-    return forecast(
-        pipeline.unet,
-        plan,
-        batch=batch,
-        size=pipeline.latent_size(args.height, args.width),
-        tokens=pipeline.text.length,
-        guided=args.guidance_scale != 1,
-        cache_dtype=getattr(torch, args.cache_dtype),
-    )
-
-
-def _cache(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, prompts: list[str], first: int) -> ReuseCache:
-    """What keeps the reused tensors of a batch; with --save-maps it writes all maps down as well."""
+def _recorder(
+    args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, batch: Sequence[tuple[str, int]], first: int
+) -> MapRecorder:
+    """A cache that writes all maps down as well."""
+    words = [words_of(pipeline.text.pieces(prompt)) for prompt, _ in batch]
     dtype = getattr(torch, args.cache_dtype)
-    if args.save_maps is None:
-        return ReuseCache(dtype)
-    words = [words_of(pipeline.text.pieces(prompt)) for prompt in prompts]
     return MapRecorder(args.save_maps, plan.on(pipeline.sites), words, first=first, dtype=dtype)
 
 

@@ -94,9 +94,9 @@ def fill(
             mis_shaped.append(f"{given[key].key} {tuple(tensor.shape)} instead of {tuple(parameter.shape)}")
         if not tensor.is_floating_point():
             raise CheckpointError(f"{where}: {given[key].key} is {tensor.dtype}; quantized weights are not supported")
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{where}: {given[key].key} holds NaN or inf; download it again")
         state[own_key] = tensor.to(dtype)
+        if not torch.isfinite(state[own_key]).all():
+            raise CheckpointError(f"{where}: {given[key].key} holds NaN, inf, or numbers beyond {dtype}; load another")
     complain(f"{where} has mis-shaped", mis_shaped, why)
     module.load_state_dict(state, assign=True)
 

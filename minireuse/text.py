@@ -53,9 +53,7 @@ class TextEncoder(nn.Module):
         tokenizer = self._require_tokenizer()
         rows: list[list[int]] = []
         pad = int(tokenizer.pad_token_id)
-        # What no token can reach is not tokenised: byte-pair encoding of one endless word takes quadratic time.
-        most = 64 * self.length
-        texts = [prompt if len(prompt) <= most else " ".join(prompt.split())[:most] for prompt in prompts]
+        texts = list(map(self._cut, prompts))
         try:
             "".join(texts).encode()
         except UnicodeEncodeError as error:
@@ -74,7 +72,12 @@ class TextEncoder(nn.Module):
     def pieces(self, prompt: str) -> list[str]:
         """The prompt's tokens as text, as far as they are used, without those that begin and end it."""
         tokenizer = self._require_tokenizer()
-        return list(tokenizer.tokenize(prompt))[: self.length - 2]
+        return list(tokenizer.tokenize(self._cut(prompt)))[: self.length - 2]
+
+    def _cut(self, prompt: str) -> str:
+        """The prompt without what no token can reach: byte-pair encoding of one endless word takes quadratic time."""
+        most = 64 * self.length
+        return prompt if len(prompt) <= most else " ".join(prompt.split())[:most]
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """The context of each prompt. Shapes: -> (len(prompts), M, D)."""

@@ -181,7 +181,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--scenes", type=int, default=SCENES)
-    parser.add_argument("--text-steps", type=int, default=600, help="steps on captions alone, of the text encoder")
+    told = "steps on captions alone, of the text encoder; default: 600, or 0 with --start"
+    parser.add_argument("--text-steps", type=int, help=told)
     parser.add_argument("--half-steps", type=int, default=2000, help="steps on scenes of half the size")
     parser.add_argument("--steps", type=int, default=4700, help="further steps, on windows and whole scenes")
     parser.add_argument("--batch", type=int, default=32)
@@ -203,7 +204,8 @@ def main(argv: list[str] | None = None) -> None:
     model = Model(tokenizer)
     if args.start is not None:
         model.load_state_dict(unpack(args.start), strict=False)  # buffers are not trained
-    train_text(model.text, args.out, scenes, args.text_steps, 4 * args.batch, args.lr, args.device)
+    text_steps = args.text_steps if args.text_steps is not None else 0 if args.start else 600
+    train_text(model.text, args.out, scenes, text_steps, 4 * args.batch, args.lr, args.device)
     model.to(args.device)
 
     def loss_at(step: int, view: str) -> dict[str, Tensor]:

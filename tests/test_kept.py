@@ -8,6 +8,7 @@ import torch
 from minireuse import kept
 from minireuse.kept import Kept
 
+CPU = torch.device("cpu")
 FLOATS = [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)]
 
 
@@ -17,10 +18,7 @@ def a_map(*shape: int, sharpness: float = 3.0) -> torch.Tensor:
 
 
 def filled(probs: torch.Tensor, dtype: torch.dtype) -> Kept:
-    held = Kept.empty(probs.shape, dtype, "cpu")
-    for block in held.blocks():
-        held[block] = probs[block]
-    return held
+    return Kept.of_map(probs, dtype, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -29,14 +27,14 @@ def filled(probs: torch.Tensor, dtype: torch.dtype) -> Kept:
 def test_blocks_cover_every_row_once(shape: tuple[int, ...]) -> None:
     held = Kept(torch.empty(shape, device="meta"))
     times = torch.zeros(shape[:3], dtype=torch.int)
-    for block in held.blocks():
+    for block in held.blocks(CPU):
         times[block] += 1
     assert (times == 1).all()
 
 
 def test_blocks_on_the_processor_are_at_most_four_mebibytes() -> None:
     held = Kept(torch.empty(2, 8, 4096, 77))
-    sizes = [held.values[block].numel() * 4 for block in held.blocks()]
+    sizes = [held.values[block].numel() * 4 for block in held.blocks(CPU)]
     assert max(sizes) <= 2**22
     assert len(sizes) <= 16  # and not needlessly small
 
@@ -83,6 +81,23 @@ def test_halves(dtype: torch.dtype) -> None:
     mean = (value[:2] + value[2:]) / 2
     torch.testing.assert_close(held.mean_of_halves().read(value), mean, atol=0.05, rtol=0)
     assert held.mean_of_halves().values.dtype == held.values.dtype
+
+
+def test_eight_bits_do_not_overflow_in_half_precision() -> None:
+    """Even rows: each of many keys counts little, and their codes are all the largest."""
+    probs, v = torch.full((1, 1, 4, 9216), 1 / 9216), torch.full((1, 1, 9216, 2), 20.0, dtype=torch.float16)
+    given = Kept.of_map(probs, torch.uint8, "cpu") @ v
+    torch.testing.assert_close(given, torch.full((1, 1, 4, 2), 20.0, dtype=torch.float16), atol=0.2, rtol=0)
+
+
+def test_a_kept_map_is_no_part_of_a_graph() -> None:
+    probs = a_map(1, 2, 3, 4).requires_grad_()
+    for dtype in kept.DTYPES:
+        held = Kept.of_map(probs, dtype, "cpu")
+        assert not held.values.requires_grad
+        v = torch.randn(1, 2, 4, 5, requires_grad=True)
+        (held @ v).sum().backward()
+        assert v.grad is not None
 
 
 def test_what_is_not_a_number_stays_so() -> None:

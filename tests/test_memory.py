@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import minireuse
-from minireuse import sample
+from minireuse import memory, sample
+from minireuse.budget import groups_of
+from minireuse.costs import Costs
 from minireuse.memory import Share, choose, restrict, weigh
 from minireuse.options import parse_bytes
 from minireuse.policies import hurry, select
@@ -55,10 +58,14 @@ def test_least_damage_for_the_time_saved_comes_first(budget: int, expected: set[
     assert set(plan.sites) == {site for name in expected for site in shares[name].sites}
 
 
-def test_shares_are_those_of_each_group_alone(pipeline: minireuse.Pipeline) -> None:
+def test_shares_are_those_of_each_group_alone(pipeline: minireuse.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = hurry(4, select(pipeline.sites), k=2)
-    settings = {"steps": 4, "sampler": "ddim", "guidance_scale": 7.5}
-    shares = weigh(pipeline, plan, "a star", seed=3, cache_dtype=torch.float16, **settings)
+    groups = groups_of(plan.sites, 3)
+    known = Costs(1.0, (), (0.0,) * len(groups), tuple(-0.1 * i for i in range(len(groups))))
+    monkeypatch.setattr(memory, "measure", lambda *given, **settings: known)
+    render = lambda p: pipeline.generate("a star", seeds=3, steps=4, plan=p).images  # noqa: E731
+    shares = weigh(pipeline, plan, groups, render, size=(8, 8), cache_dtype=torch.float16)
+    assert [share.saved for share in shares.values()] == pytest.approx([0.1 * i for i in range(len(groups))])
     assert {site for share in shares.values() for site in share.sites} == set(plan.sites)
     full = pipeline.generate("a star", seeds=3, steps=4).images.astype(float)
     for share in shares.values():
@@ -67,8 +74,11 @@ def test_shares_are_those_of_each_group_alone(pipeline: minireuse.Pipeline) -> N
 
 
 def test_the_cache_stays_within_its_budget(
-    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Every group is said to save the same time, so the least damage decides."""
+    monkeypatch.setattr(memory, "measure", lambda _, groups, **s: Costs(1.0, (), (), (-0.1,) * len(groups)))
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "init.png")
     run = ["--prompt", "a star", "--steps", "6", "--policy", "hurry", "--model", str(model_folder), "--json"]
 
     def peak_of(*more: str) -> tuple[int, str]:
@@ -80,8 +90,13 @@ def test_the_cache_stays_within_its_budget(
     same, said = peak_of("--cache-budget", "1GiB")
     assert (same, said) == (whole, "")
     less, said = peak_of("--cache-budget", f"{whole // 2}B")
-    assert less <= whole // 2
-    assert "map of self attention at resolution 0" in said
+    assert 0 < less <= whole // 2
+    assert "reuses (squared error" in said
+    assert (
+        "map of self attention at resolution 0 computes (larger than the budget)" in peak_of("--cache-budget", "9kB")[1]
+    )
+    other = ("--init-image", str(tmp_path / "init.png"), "--strength", "0.5", "--guidance-scale", "1")
+    assert 0 < peak_of("--cache-budget", "20000B", *other)[0] <= 20000
     assert sample.main([*run, "--cache-budget", "1MiB", "--dry-run"]) == 2
     assert "give one of them" in capsys.readouterr().err
     assert sample.main([*run, "--cache-budget", "plenty", "--out", str(tmp_path / "b.png")]) == 2

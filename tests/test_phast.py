@@ -82,6 +82,20 @@ class Killed(Exception):
     pass
 
 
+def test_a_journal_cut_off_at_its_very_beginning_starts_afresh(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    Journal(path, {"steps": 3}).add("a", 1)
+    whole = path.read_bytes()
+    for length in range(1, whole.index(b"\n") + 1):
+        path.write_bytes(whole[:length])
+        Journal(path, {"steps": 3}).add("a", 1)
+        assert path.read_bytes() == whole
+    path.write_bytes(b"notes of mine")
+    with pytest.raises(ValueError, match="not a journal"):
+        Journal(path, {"steps": 3})
+    assert path.read_bytes() == b"notes of mine"
+
+
 def test_a_killed_search_resumes_to_the_same_answer(tmp_path: Path) -> None:
     def run(path: Path, die_after: int | None) -> tuple[str, float, int]:
         renders = 0

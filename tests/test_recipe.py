@@ -120,6 +120,36 @@ def test_other_texts_are_refused_or_do_not_matter(run: Run, change: dict[str, st
     assert Path("c.png").exists() is not bool(message)
 
 
+def test_an_image_to_begin_with_may_have_moved(run: Run) -> None:
+    Image.new("RGB", (16, 16), "red").save("first.png")
+    run("--prompt", "a star", "--init-image", "first.png", "--steps", "4", "--out", "a.png")
+    Path("first.png").rename("moved.png")
+    assert run("--from-png", "a.png", "--out", "b.png")[0] == 2
+    assert run("--from-png", "a.png", "--init-image", "moved.png", "--out", "b.png") == (0, "")
+    assert np.array_equal(pixels("b.png"), pixels("a.png"))
+
+
+def test_what_else_the_pixels_depend_on(run: Run) -> None:
+    """What the model predicts, and the kernel that writes maps down, in 8 bits."""
+    made = ["--prompt", "a star", "--steps", "4", "--policy", "hurry", "--cache-dtype", "uint8"]
+    assert run(*made, "--out", "plain.png")[0] == 0
+    assert run(*made, "--prediction-type", "v_prediction", "--out", "v.png")[0] == 0
+    assert run(*made, "--save-maps", "maps", "--out", "watched.png")[0] == 0
+    assert not np.array_equal(pixels("v.png"), pixels("plain.png"))
+    np.testing.assert_allclose(pixels("watched.png").astype(float), pixels("plain.png"), atol=3)
+    assert run("--from-png", "v.png", "--out", "v-again.png") == (0, "")
+    assert np.array_equal(pixels("v-again.png"), pixels("v.png"))
+    status, said = run("--from-png", "watched.png", "--out", "without.png")
+    assert (status, "made with --save-maps" in said) == (0, True)
+    assert run("--from-png", "watched.png", "--save-maps", "maps-again", "--out", "w-again.png") == (0, "")
+    assert np.array_equal(pixels("w-again.png"), pixels("watched.png"))
+
+
+def test_a_dry_run_of_a_picture(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("--prompt", "a star", "--steps", "4", "--policy", "hurry", "--out", "a.png")
+    assert run("--from-png", "a.png", "--dry-run") == (0, "")
+
+
 @pytest.mark.parametrize("name", ["batch", "plan", "fingerprint", "steps", "model"])
 def test_a_missing_text_is_named(run: Run, name: str) -> None:
     assert run("--prompt", "a star", "--out", "a.png", "--steps", "2")[0] == 0
@@ -133,7 +163,7 @@ def test_other_versions_are_told(run: Run) -> None:
     rewritten(lambda chunks: chunks.update(versions="minireuse 0.0"))
     status, said = run("--from-png", "b.png", "--out", "c.png")
     assert status == 0
-    assert said.startswith("note: it was made with minireuse 0.0; this is minireuse ")
+    assert said.startswith("note: it was made with minireuse 0.0, and this is minireuse ")
 
 
 def test_files_that_are_no_pngs(run: Run) -> None:
@@ -155,12 +185,20 @@ def test_files_that_are_no_pngs(run: Run) -> None:
     assert run("--from-png", "gone.png")[0] == 2
 
 
+def test_a_picture_beyond_all_bounds(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's own guard against files that unpack to gigabytes."""
+    Image.new("RGB", (64, 64)).save("huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    status, said = run("--from-png", "huge.png")
+    assert (status, "exceeds limit" in said, said.count("\n")) == (2, True, 1)
+
+
 def test_texts_hold_what_a_reader_looks_for(run: Run) -> None:
     assert run("--prompt", "a réd ★", "--seed", "7", "--steps", "2", "--policy", "hurry", "--out", "a.png")[0] == 0
     with Image.open("a.png") as image:
         texts = dict(image.info)
     assert (texts["prompt"], texts["seed"], texts["size"]) == ("a réd ★", "7", "16x16")
-    assert texts["dtype"], texts["device"] == ("float32", "cpu")
+    assert (texts["dtype"], texts["device"]) == ("float32", "cpu")
     assert json.loads(texts["plan"])["calls"] == 2
     assert Recipe.from_chunks(texts).chunks() == texts
 
@@ -169,7 +207,7 @@ def test_out_of_memory_says_what_would_help(run: Run, monkeypatch: pytest.Monkey
     def generate(*args: object, **settings: object) -> None:
         raise raised[0]
 
-    raised: list[Exception] = [torch.OutOfMemoryError("CUDA out of memory.")]
+    raised: list[Exception] = [torch.cuda.OutOfMemoryError("CUDA out of memory.")]
     monkeypatch.setattr(minireuse.Pipeline, "generate", generate)
     for error in (raised[0], RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")):
         raised[0] = error

@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "minireuse"
 TIERS = (
-    ("files", "command", "kept"),
+    ("files", "command", "kept", "devices"),
     ("reader", "journal", "tensors", "reuse", "ranks"),
     ("config",),
     ("schedule",),
@@ -20,6 +20,7 @@ TIERS = (
     ("pipeline",),
     ("render", "costs", "maps", "distribution", "forecast", "options"),
     ("report", "memory", "recipe"),
+    ("cache_options",),
     ("sample", "search", "evaluate"),
 )
 TIER = {name: tier for tier, names in enumerate(TIERS) for name in names}

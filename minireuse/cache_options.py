@@ -1,0 +1,86 @@
+"""What the command line does about the memory of the cache: --dry-run, --cache-budget, and advice where it runs out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from minireuse.budget import groups_of
+from minireuse.forecast import Forecast, forecast
+from minireuse.memory import choose, restrict, weigh
+from minireuse.options import load_model, mebibytes, parse_bytes
+from minireuse.pipeline import Pipeline
+from minireuse.reuse import ReusePlan
+
+
+def foretell(args: argparse.Namespace, plan: ReusePlan, batch: int) -> dict[str, Any]:
+    """What `--dry-run` tells: the bytes that a batch will keep, by site and at its fullest moment."""
+    found = _forecast(args, load_model(args, "meta"), plan, batch)
+    return {
+        "sites": {f"{site.kind} of {site.address}": size for site, size in found.sites.items()},
+        "cache_peak_bytes": found.peak,
+        "cache_dtype": args.cache_dtype,
+        "batch": batch,
+        "calls": plan.calls,
+        "reused": plan.reused,
+        "plan": plan.grid,
+    }
+
+
+def within_budget(
+    args: argparse.Namespace,
+    pipeline: Pipeline,
+    plan: ReusePlan,
+    batch: int,
+    render: Callable[[ReusePlan], np.ndarray],
+) -> ReusePlan:
+    """The plan with as many sites as `--cache-budget` has room for, by what they do to the first image; tells which."""
+    budget, empty, plan = parse_bytes(args.cache_budget), load_model(args, "meta"), plan.on(pipeline.sites)
+    peak = lambda p: _forecast(args, empty, p, batch).peak  # noqa: E731
+    if peak(plan) <= budget:
+        return plan
+    groups = groups_of(plan.sites, len(pipeline.unet.config.block_out_channels))
+    fitting = {name: sites for name, sites in groups.items() if peak(restrict(plan, sites)) <= budget}
+    size, dtype = pipeline.latent_size(args.height, args.width), getattr(torch, args.cache_dtype)
+    shares = weigh(pipeline, plan, fitting, render, size=size, cache_dtype=dtype)
+    chosen, names = choose(plan, shares, peak, budget)
+    for name in groups:
+        share, does = shares.get(name), "reuses" if name in names else "computes"
+        effect = "larger than the budget"
+        if share is not None:
+            effect = f"squared error {share.damage:.3g}, {1000 * share.saved:.1f} ms saved a call"
+        print(f"note: {name} {does} ({effect})", file=sys.stderr)
+    return chosen
+
+
+def _forecast(args: argparse.Namespace, empty: Pipeline, plan: ReusePlan, batch: int) -> Forecast:
+    return forecast(
+        empty.unet,
+        plan,
+        batch=batch,
+        size=empty.latent_size(args.height, args.width),
+        tokens=empty.text.length,
+        guided=args.guidance_scale != 1,
+        cache_dtype=getattr(torch, args.cache_dtype),
+    )
+
+
+@contextmanager
+def advice_on_memory(args: argparse.Namespace, plan: ReusePlan, batch: int) -> Iterator[None]:
+    """Where memory runs out, say what would help. Raises: ValueError then."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        peak = mebibytes(_forecast(args, load_model(args, "meta"), plan, batch).peak)
+        raise ValueError(
+            f"out of memory with a batch of {batch}, of which the cache takes up to {peak}; try --batch-size 1, "
+            "--cache-dtype uint8, --cache-budget, --sites cross, or a smaller --height and --width"
+        ) from None
