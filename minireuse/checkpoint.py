@@ -156,7 +156,7 @@ def _open_shards(index: Path) -> dict[str, Source]:
         raise CheckpointError(f"{index} has no weight_map; expected a safetensors index as diffusers writes it")
     found: dict[str, Source] = {}
     for name in sorted(set(map(str, weight_map.values()))):
-        if Path(name).name != name:
+        if Path(name).name != name or len(name.encode()) > 255:
             raise CheckpointError(f"{index} names the shard {shown(name)}; expected a file beside the index")
         found |= open_file(index.parent / name)
     complain(f"{index} lists tensors that no shard holds:", set(weight_map) - set(found), "download the shards again")

@@ -128,7 +128,7 @@ def test_killed_work_ends_as_if_it_had_not_been(kind: str, given: dict[str, list
     finish(target, given[kind], killed)
     assert found(killed) == found(whole)
     assert hits >= KILLS - 2
-    faults.note(f"kill -9 of a {kind}", "resumed to the same result", hits)
+    faults.note(f"kill -9: {kind}", "resumed to the same result", hits)
 
 
 def run_search_on_a_full_disk(argv: list[str], out: Path) -> None:
