@@ -229,15 +229,16 @@ def _read_tokenizer(source: str | Path, vocabulary: int) -> CLIPTokenizer:
             # Not by CLIPTokenizer itself, which without a network retries for minutes and then gives an empty one.
             folder = Path(snapshot_download(source, allow_patterns=["vocab.json", "merges.txt", "*token*.json"]))
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        ids = tokenizer(["a"], truncation=False, verbose=False)["input_ids"][0]  # as prompts will be
     except Exception as error:  # transformers and the hub raise many kinds, network errors among them
         raise CheckpointError(f"no CLIP tokenizer could be read from {source} ({reason(error)}); {advice}") from None
-    ids, ends = tokenizer("a")["input_ids"], (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
     if None in ends or (ids[0], ids[-1]) != ends or len(set(ids)) < 3:
         raise CheckpointError(f"the tokenizer in {source} does not mark where a text begins and ends; {advice}")
     # Some versions of transformers read a folder without files as a tokenizer of two tokens.
-    if not 256 <= len(tokenizer) <= vocabulary:
+    if len(tokenizer) < 256 or max(tokenizer.get_vocab().values()) >= vocabulary:
         raise CheckpointError(
             f"the tokenizer in {source} has {len(tokenizer)} tokens, expected 256 (one per byte) to {vocabulary} "
-            f"(as the text encoder); {advice}"
+            f"(as the text encoder), numbered from 0; {advice}"
         )
     return tokenizer

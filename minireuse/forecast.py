@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minireuse.kept import Kept
-from minireuse.reuse import ReuseCache, ReusePlan, Site, StepPlan
+from minireuse.guidance import unguided
+from minireuse.kept import Entry
+from minireuse.reuse import ReuseCache, ReusePlan, Site
 from minireuse.unet import UNet
 
 
@@ -28,13 +29,9 @@ class _Ledger(ReuseCache):
         super().__init__(dtype)
         self.sites: dict[Site, int] = {}
 
-    def _keep(self, site: Site, kept: Kept, step: StepPlan, dtype: torch.dtype) -> Kept:
-        self.sites[site] = max(kept.nbytes, self.sites.get(site, 0))
-        return super()._keep(site, kept, step, dtype)
-
-    def drop(self, sites: frozenset[Site]) -> None:
-        for site in sites:
-            del self._entries[site]
+    def put(self, site: Site, entry: Entry) -> None:
+        self.sites[site] = max(entry.kept.nbytes, self.sites.get(site, 0))
+        super().put(site, entry)
 
 
 def forecast(
@@ -54,9 +51,7 @@ def forecast(
     Shapes: size (h, w) of the latents. Units: bytes.
     """
     config = unet.config
-    plan = plan.on(unet.sites)
-    if not guided:
-        plan = ReusePlan(plan.mask, plan.sites, (False,) * plan.calls)
+    plan = plan.on(unet.sites) if guided else unguided(plan.on(unet.sites))
     ledger = _Ledger(cache_dtype)
 
     def meta(*shape: int) -> Tensor:

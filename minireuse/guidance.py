@@ -8,13 +8,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from minireuse.compiled import CompiledUNet
 from minireuse.reuse import ReuseCache, ReusePlan, Site
 from minireuse.schedule import Schedule
 from minireuse.unet import UNet
 
 
+def unguided(plan: ReusePlan) -> ReusePlan:
+    """The plan as a run without guidance follows it."""
+    return ReusePlan(plan.mask, plan.sites, (False,) * plan.calls)
+
+
 def guided_denoise(
-    unet: UNet,
+    unet: UNet | CompiledUNet,
     context: Tensor,
     schedule: Schedule,
     plan: ReusePlan,
@@ -33,7 +39,7 @@ def guided_denoise(
     Source: Ho & Salimans, arXiv 2207.12598 equation 6, in the parametrisation where 1 is no guidance.
     """
     if guidance_scale == 1:
-        plan = ReusePlan(plan.mask, plan.sites, (False,) * plan.calls)
+        plan = unguided(plan)
     steps = [plan.step(call) for call in range(plan.calls)]
     steps = [replace(s, explicit=attention == "explicit", store=s.store | (watch - s.reuse)) for s in steps]
     # The prompt does not change between calls, so its keys and values are computed here, once per batch layout.

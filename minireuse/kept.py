@@ -108,3 +108,12 @@ class Kept:
     def conditional(self) -> Kept:
         """The second half of a guided batch."""
         return Kept(self.values.chunk(2)[1], None if self.scale is None else self.scale.chunk(2)[1])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kept tensor and the computation that wrote it: its dtype, and whether it was guided, so with both halves."""
+
+    kept: Kept
+    dtype: torch.dtype
+    guided: bool

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minireuse import checkpoint
+from minireuse.compiled import CompiledUNet
 from minireuse.config import GUIDANCE_SCALE, PREDICTION_TYPES
 from minireuse.devices import pick_device, pick_dtype
 from minireuse.files import shipped_model
@@ -90,6 +91,11 @@ class Pipeline:
     text: TextEncoder
     schedule: Schedule
     guidance_scale: float = GUIDANCE_SCALE  # what `generate` takes unless told
+    compiled: CompiledUNet | None = None  # what `generate` calls instead of `unet`, if it is there
+
+    def compile(self) -> None:
+        """From now on let `generate` call the U-Net as compiled graphs; the first call of each kind compiles one."""
+        self.compiled = CompiledUNet(self.unet)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -209,7 +215,7 @@ class Pipeline:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         x = self._start(generators, (height, width), latents, init_images, timesteps[0])
         denoise = guided_denoise(
-            self.unet,
+            self.compiled or self.unet,
             context,
             self.schedule,
             plan,

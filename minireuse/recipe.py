@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,26 @@ from minireuse.reuse import ReusePlan
 
 T = TypeVar("T")
 SHIPPED = "shipped"  # the name of the model that comes with the package
+FLAG = {"False": False, "True": True}
+# The fields of a recipe whose text is that of the value itself.
+PLAIN: dict[str, Callable[[str], Any]] = {
+    "negative_prompt": str,
+    "sampler": str,
+    "steps": int,
+    "guidance_scale": float,
+    "eta": float,
+    "strength": float,
+    "attention": str,
+    "compile": FLAG.__getitem__,
+    "dtype": str,
+    "device": str,
+    "cache_dtype": str,
+    "policy": str,
+    "model": str,
+    "fingerprint": str,
+    "prediction_type": str,
+    "watched": str,
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +65,7 @@ class Recipe:
     init_image: tuple[str, str] | tuple[()]
     strength: float
     attention: str
+    compile: bool
     dtype: str
     device: str
     cache_dtype: str
@@ -60,25 +81,11 @@ class Recipe:
         prompt, seed = self.jobs[self.place]
         return {
             "prompt": prompt,
-            "negative_prompt": self.negative_prompt,
             "seed": str(seed),
-            "sampler": self.sampler,
-            "steps": str(self.steps),
-            "guidance_scale": repr(self.guidance_scale),
-            "eta": repr(self.eta),
+            **{name: str(getattr(self, name)) for name in PLAIN},
             "size": f"{self.width}x{self.height}",
             "init_image": json.dumps(self.init_image),
-            "strength": repr(self.strength),
-            "attention": self.attention,
-            "dtype": self.dtype,
-            "device": self.device,
-            "cache_dtype": self.cache_dtype,
-            "policy": self.policy,
             "plan": self.plan.to_json(),
-            "model": self.model,
-            "fingerprint": self.fingerprint,
-            "prediction_type": self.prediction_type,
-            "watched": self.watched,
             "batch": json.dumps({"place": self.place, "jobs": self.jobs}),
             "versions": versions(),
         }
@@ -112,28 +119,15 @@ class Recipe:
 
         place, jobs = get("batch", batch)
         width, height = get("size", _size)
+        plain: dict[str, Any] = {name: get(name, kind) for name, kind in PLAIN.items()}
         return cls(
             jobs=jobs,
             place=place,
-            negative_prompt=get("negative_prompt", str),
-            sampler=get("sampler", str),
-            steps=get("steps", int),
-            guidance_scale=get("guidance_scale", float),
-            eta=get("eta", float),
             height=height,
             width=width,
             init_image=get("init_image", _init_image),
-            strength=get("strength", float),
-            attention=get("attention", str),
-            dtype=get("dtype", str),
-            device=get("device", str),
-            cache_dtype=get("cache_dtype", str),
-            policy=get("policy", str),
             plan=get("plan", ReusePlan.from_json),
-            model=get("model", str),
-            fingerprint=get("fingerprint", str),
-            prediction_type=get("prediction_type", str),
-            watched=get("watched", str),
+            **plain,
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minireuse.files import parse_json, shown
-from minireuse.kept import DTYPES, Kept
+from minireuse.kept import DTYPES, Entry, Kept
 
 KINDS = ("map", "out", "deep")
 
@@ -105,9 +105,8 @@ class ReusePlan:
         if len(guided) != len(mask):
             raise PlanError(f"plan says for {len(guided)} calls whether they are guided, expected {len(mask)}")
         mask.setflags(write=False)
-        object.__setattr__(self, "mask", mask)
-        object.__setattr__(self, "sites", sites)
-        object.__setattr__(self, "guided", guided)
+        for name, value in (("mask", mask), ("sites", sites), ("guided", guided)):
+            object.__setattr__(self, name, value)
 
     @classmethod
     def stepwise(cls, reuse: Sequence[bool] | np.ndarray, sites: Iterable[Site]) -> ReusePlan:
@@ -189,17 +188,14 @@ class ReusePlan:
     def check_calls(self, calls: int, sampler: str) -> None:
         """Raises: PlanError where the plan was made for another number of calls than the sampler makes."""
         if self.calls != calls:
-            raise PlanError(
-                f"the plan is for {self.calls} U-Net calls but sampler {sampler} makes {calls}; "
-                "build the plan for the number of calls, which for some samplers is not the number of steps"
-            )
+            advice = "build it for the number of calls, which for some samplers is not that of steps"
+            raise PlanError(f"the plan is for {self.calls} U-Net calls but sampler {sampler} makes {calls}; {advice}")
 
     @property
     def grid(self) -> str | None:
         """One '.' (compute) or '#' (reuse) per call where all sites agree, else None."""
-        if not len(self.sites):
-            return "." * self.calls
-        return _draw(self.mask[:, 0]) if (self.mask == self.mask[:, :1]).all() else None
+        reused = np.any(self.mask, axis=1)
+        return _draw(reused) if (self.mask.T == reused).all() else None
 
     def __str__(self) -> str:
         if self.grid is not None and all(self.guided):
@@ -269,13 +265,6 @@ def _parse(drawn: Any, calls: int, where: str) -> np.ndarray:
     return np.array([c == "#" for c in drawn])
 
 
-@dataclass(frozen=True)
-class _Entry:
-    kept: Kept
-    dtype: torch.dtype  # of the computation that wrote it
-    guided: bool
-
-
 class ReuseCache:
     """The tensors kept between calls: owned by the caller, one per generation, empty again at its end.
 
@@ -287,7 +276,7 @@ class ReuseCache:
             raise ValueError(f"cache dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}")
         self.dtype, self.device = dtype, device
         self.peak_nbytes = 0
-        self._entries: dict[Site, _Entry] = {}
+        self._entries: dict[Site, Entry] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -303,7 +292,9 @@ class ReuseCache:
 
     def hold(self, site: Site, shape: Sequence[int], step: StepPlan, like: Tensor) -> Kept:
         """Room for a map (2B, K, N, M), as in `store`, to be filled block by block by a run of `like`'s dtype."""
-        return self._keep(site, Kept.empty(shape, self.dtype, self.device or like.device), step, like.dtype)
+        kept = Kept.empty(shape, self.dtype, self.device or like.device)
+        self.put(site, Entry(kept, like.dtype, step.guided))
+        return kept
 
     def store(self, site: Site, value: Tensor, step: StepPlan, dtype: torch.dtype) -> None:
         """Keep a whole `value`, computed within a run of `dtype`, for later calls.
@@ -311,25 +302,34 @@ class ReuseCache:
         Shapes: (2B, ...) in a guided call, unconditional half first; (B, ...) in others.
         """
         keep = Kept.of_map if site.kind == "map" else Kept.of
-        self._keep(site, keep(value, self.dtype, self.device or value.device), step, dtype)
+        self.put(site, Entry(keep(value, self.dtype, self.device or value.device), dtype, step.guided))
 
-    def _keep(self, site: Site, kept: Kept, step: StepPlan, dtype: torch.dtype) -> Kept:
-        self._entries[site] = _Entry(kept, dtype, step.guided)
+    def put(self, site: Site, entry: Entry) -> None:
+        """Keep something as it is."""
+        self._entries[site] = entry
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
-        return kept
+
+    def entry(self, site: Site) -> Entry:
+        """What is kept of a site, which stays. Raises: CacheError where nothing is."""
+        if site not in self._entries:
+            raise CacheError(f"nothing is cached for {site.kind} of {site.address}; was this cache used for call 0?")
+        return self._entries[site]
+
+    def drop(self, sites: Iterable[Site]) -> None:
+        """Forget these sites."""
+        for site in sites:
+            del self._entries[site]
 
     def load(self, site: Site, shape: Sequence[int], step: StepPlan, like: Tensor) -> Tensor:
-        """What was stored, in the dtype and on the device of `like`; dropped if this is its last read.
-
-        Raises: CacheError where nothing is stored, or it was stored at another shape, dtype or guidance layout.
-        """
+        """As `look_up`, as a tensor of the dtype and on the device of `like`."""
         return self.look_up(site, shape, step, like).read(like)
 
     def look_up(self, site: Site, shape: Sequence[int], step: StepPlan, like: Tensor) -> Kept:
-        """What was stored, as it is kept; dropped from the cache if this is its last read. Raises: as `load`."""
-        entry = self._entries.get(site)
-        if entry is None:
-            raise CacheError(f"nothing is cached for {site.kind} of {site.address}; was this cache used for call 0?")
+        """What was stored, as it is kept; dropped from the cache if this is its last read.
+
+        Raises: CacheError where nothing is stored, or it was stored at another shape, dtype or guidance layout.
+        """
+        entry = self.entry(site)
         kept, guided = entry.kept, entry.guided
         if site in step.half and guided:
             # Where guidance has ended T-GATE goes on with the mean of both halves' cross attention (arXiv 2404.02747).
@@ -346,5 +346,5 @@ class ReuseCache:
                     "use a new ReuseCache for each generation"
                 )
         if site in step.last:
-            del self._entries[site]
+            self.drop([site])
         return kept

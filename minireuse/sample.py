@@ -82,6 +82,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     recipe = _recipe(args, pipeline, plan)
     recipe.check_text()
+    if args.compile:
+        pipeline.compile()
     seconds, peak, written = 0.0, 0, list[Path]()
     steps = len(pipeline.timesteps(args.steps, strength)) * len(batches)
     hidden = args.quiet or args.json
@@ -149,7 +151,7 @@ def paint(
 def replay(args: argparse.Namespace) -> Recipe:
     """Set the arguments to what `--from-png` was made with. Raises: ValueError where others are given beside it."""
     free = {"from_png", "out", "overwrite", "json", "quiet", "device", "model", "tokenizer", "save_maps", "dry_run"}
-    free.add("init_image")  # where it lies now; it has to be the same one
+    free |= {"init_image"}  # it may lie elsewhere now, but has to be the same one
     defaults = sample_parser()
     given = [name for name, value in vars(args).items() if name not in free and value != defaults.get_default(name)]
     if given:
@@ -158,7 +160,7 @@ def replay(args: argparse.Namespace) -> Recipe:
     differs = [] if made_with == versions() else [f"with {made_with}, and this is {versions()}"]
     for name in ("negative_prompt", "sampler", "steps", "guidance_scale", "eta", "height", "width", "strength"):
         setattr(args, name, getattr(recipe, name))
-    for name in ("attention", "dtype", "cache_dtype", "policy", "prediction_type"):
+    for name in ("attention", "compile", "dtype", "cache_dtype", "policy", "prediction_type"):
         setattr(args, name, getattr(recipe, name))
     args.batch_size = len(recipe.jobs)
     if args.model is None and recipe.model != SHIPPED:
@@ -187,6 +189,8 @@ def replay(args: argparse.Namespace) -> Recipe:
 def _check(args: argparse.Namespace) -> None:
     if args.save_maps is not None and args.save_maps.exists() and any(args.save_maps.iterdir()):
         raise ValueError(f"--save-maps {args.save_maps} is not empty; name a new folder")
+    if args.save_maps is not None and args.compile:
+        raise ValueError("--save-maps looks at maps, which --compile hides inside one graph; give one of them")
     if args.dry_run and args.cache_budget is not None:
         raise ValueError("--cache-budget measures with the model's weights, --dry-run reads none; give one of them")
     if args.batch_size < 1:
@@ -224,6 +228,7 @@ def _recipe(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan) -> Re
         init_image=() if args.init_image is None else (str(args.init_image), digest_of(args.init_image)),
         strength=args.strength,
         attention=args.attention,
+        compile=args.compile,
         dtype=str(pipeline.dtype).removeprefix("torch."),
         device=str(pipeline.device),
         cache_dtype=args.cache_dtype,

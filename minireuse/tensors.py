@@ -120,5 +120,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error, for a message of one sentence."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of an error, for a message of one sentence: without the file that it may quote."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -170,8 +170,9 @@ def calls(unet: UNet, scale: Scale) -> dict[str, Callable[[], object]]:
             runs[f"store {kind}, {name}"] = call(StepPlan(store=sites), cache)
             runs[f"reuse {kind}, {name}"] = call(StepPlan(reuse=sites), cache)
     maps = ReuseCache(scale.dtype)
-    call(StepPlan(store=frozenset(select(unet.sites))), maps)()
-    held = {site.address: entry.kept.values for site, entry in maps._entries.items()}
+    stored = select(unet.sites)
+    call(StepPlan(store=frozenset(stored)), maps)()
+    held = {site.address: maps.entry(site).kept.values for site in stored}
     runs[f"limit map, {own}"] = limited(lambda: without_maps(held))
     runs[f"limit out, {own}"] = limited(without_attention)
     return runs

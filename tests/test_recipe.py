@@ -15,8 +15,10 @@ from PIL.PngImagePlugin import PngInfo
 
 import minireuse
 from minireuse import sample
+from minireuse.compiled import CompiledUNet
 from minireuse.recipe import Recipe, from_png
 from minireuse.samplers import SAMPLERS
+from minireuse.unet import UNet
 
 import faults
 
@@ -102,6 +104,7 @@ def rewritten(change: Callable[[dict[str, str]], object], to: str = "b.png") -> 
         ({"sampler": "magic"}, "sampler is 'magic', expected one of ddim"),
         ({"cache_dtype": "int4"}, "cache_dtype is 'int4', expected one of"),
         ({"attention": "paid"}, "attention is 'paid', expected one of"),
+        ({"compile": "maybe"}, "its text 'compile' is 'maybe'"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"plan": "{}"}, "text 'plan' is '{}'"),
         ({"guidance_scale": "nan"}, "guidance_scale is nan, expected a finite number"),
@@ -217,3 +220,21 @@ def test_out_of_memory_says_what_would_help(run: Run, monkeypatch: pytest.Monkey
     raised[0] = RuntimeError("something else")
     with pytest.raises(RuntimeError, match="something else"):
         run("--prompt", "a star", "--steps", "4")
+
+
+def test_compiled_pictures_are_made_compiled_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[CompiledUNet] = []
+
+    def quick(unet: UNet) -> CompiledUNet:
+        made.append(CompiledUNet(unet, backend="eager"))
+        return made[-1]
+
+    monkeypatch.setattr("minireuse.pipeline.CompiledUNet", quick)
+    options = ["--prompt", "a star", "--steps", "2", "--policy", "hurry"]
+    assert run(*options, "--compile", "--out", "a.png") == (0, "")
+    assert run("--from-png", "a.png", "--out", "b.png") == (0, "")
+    assert run(*options, "--out", "c.png") == (0, "")
+    assert [len(compiled.graphs) for compiled in made] == [2, 2]  # one that stores, one that reuses
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+    assert abs(pixels("a.png").astype(int) - pixels("c.png")).max() <= 1
+    assert run(*options, "--compile", "--save-maps", "maps")[0] == 2

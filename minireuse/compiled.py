@@ -1,0 +1,114 @@
+"""The U-Net as compiled graphs, one for each kind of call that a plan makes.
+
+A plan is known before sampling starts, so a run has few kinds of calls: plain, storing, reusing. Each is traced once
+with its step as a constant, what it reads of the cache as inputs, and what it stores as outputs. torch.export, not
+strict, runs the U-Net's own Python while it traces: no graph breaks, and nothing of the step is left to look up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+
+from minireuse.attention import KV, TextKV
+from minireuse.kept import Entry, Kept
+from minireuse.reuse import PLAIN, ReuseCache, Site, StepPlan
+from minireuse.tensors import reason
+from minireuse.unet import UNet
+
+Parts = tuple[Tensor, Tensor | None]  # values and scale of a `Kept`
+Graph = Callable[[Tensor, Tensor, Mapping[str, KV], Sequence[Parts]], tuple[Tensor, list[Parts]]]
+
+
+class Call(nn.Module):
+    """One kind of U-Net call as a function of tensors alone.
+
+    read: what the cache holds of the sites that the step reuses, with other tensors in the same places.
+    """
+
+    def __init__(self, unet: UNet, step: StepPlan, read: Mapping[Site, Entry], cache: ReuseCache) -> None:
+        super().__init__()
+        self.unet, self.step, self.read = unet, step, dict(read)
+        self.options = cache.dtype, cache.device
+
+    def forward(
+        self, x: Tensor, t: Tensor, text: Mapping[str, KV], read: Sequence[Parts]
+    ) -> tuple[Tensor, list[Parts]]:
+        """Shapes: as in `UNet.forward`; what is read and what is stored in the order of the sites."""
+        cache = ReuseCache(*self.options)
+        for (site, entry), parts in zip(self.read.items(), read, strict=True):
+            cache.put(site, replace(entry, kept=Kept(*parts)))
+        y = self.unet(x, t, TextKV(text), self.step, cache)
+        return y, [_parts(cache.entry(site)) for site in sorted(self.step.store)]
+
+
+class CompiledUNet:
+    """A `UNet` whose weights no longer change, called like one with the context's `text_kv`.
+
+    A graph is compiled when its kind of call is first made, in tens of seconds, and kept as long as this object. So is,
+    on CUDA, memory for what calls store, since CUDA graphs read fixed addresses: one run at a time may use it.
+    """
+
+    def __init__(self, unet: UNet, backend: str = "inductor") -> None:
+        self.unet, self.backend = unet, backend
+        self.graphs: dict[object, Graph] = {}  # by all that is constant in them
+        self._rooms: dict[object, Tensor] = {}
+
+    def text_kv(self, context: Tensor) -> TextKV:
+        """As `UNet.text_kv`."""
+        return self.unet.text_kv(context)
+
+    def __call__(
+        self, x: Tensor, t: float, context: TextKV, step: StepPlan = PLAIN, cache: ReuseCache | None = None
+    ) -> Tensor:
+        """Shapes: as in `UNet.forward`.
+
+        Raises: ValueError where nothing can be compiled, and for a cache that watches: within a graph no Python runs.
+        """
+        cache = ReuseCache() if cache is None else cache
+        if type(cache) is not ReuseCache:
+            raise ValueError("compiled calls show nobody their maps; use the U-Net as it is to watch them")
+        read = {site: cache.entry(site) for site in sorted(step.reuse)}
+        parts = [_parts(entry) for entry in read.values()]
+        time = torch.full((1,), float(t), device=x.device)
+        same = replace(step, last=frozenset())  # what is forgotten afterwards makes no other graph
+        stored = tuple((entry.dtype, entry.guided, _layout(*_parts(entry))) for entry in read.values())
+        key = (same, stored, _layout(x, *next(iter(context.kv.values()))), cache.dtype, cache.device)
+        if key not in self.graphs:
+            self.graphs[key] = self._trace(Call(self.unet, same, read, cache), (x, time, context.kv, parts))
+        try:
+            y, made = self.graphs[key](x, time, context.kv, parts)  # compiles at the first time
+        except TorchDynamoException as error:
+            raise ValueError(f"the U-Net cannot be compiled here ({reason(error)}); go on without compiling") from None
+        for site, (values, scale) in zip(sorted(step.store), made, strict=True):
+            kept = Kept(self._settle((site, "values"), values), None if scale is None else self._settle(site, scale))
+            cache.put(site, Entry(kept, x.dtype, step.guided))
+        cache.drop(step.last)
+        return y.clone() if y.is_cuda else y  # the next replay of a CUDA graph writes over what this one returned
+
+    def _trace(self, call: Call, inputs: tuple[Tensor, Tensor, Mapping[str, KV], Sequence[Parts]]) -> Graph:
+        graph = torch.export.export(call, inputs, strict=False).module()
+        mode = "reduce-overhead" if inputs[0].is_cuda else None  # CUDA graphs: one launch for a whole call
+        return torch.compile(graph, fullgraph=True, dynamic=False, backend=self.backend, mode=mode)
+
+    def _settle(self, name: object, value: Tensor) -> Tensor:
+        """A tensor that a call has stored, where CUDA graphs may read it: always at the same address."""
+        if not value.is_cuda:
+            return value
+        key = (name, _layout(value))
+        if key not in self._rooms:
+            self._rooms[key] = torch.empty_like(value)
+            torch._dynamo.mark_static_address(self._rooms[key])
+        return self._rooms[key].copy_(value)
+
+
+def _parts(entry: Entry) -> Parts:
+    return entry.kept.values, entry.kept.scale
+
+
+def _layout(*tensors: Tensor | None) -> object:
+    return tuple(t if t is None else (t.shape, t.dtype, t.device) for t in tensors)

@@ -1,0 +1,122 @@
+"""Compiled calls: the same numbers as eager ones, one graph for each kind of call, and nothing recompiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch._inductor.config
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from minireuse.compiled import CompiledUNet
+from minireuse.config import UNetConfig
+from minireuse.policies import hurry, interval, select, tgate
+from minireuse.reuse import CacheError, ReuseCache, ReusePlan
+from minireuse.unet import UNet
+
+from conftest import randomise
+
+CALLS = 6
+SMALLEST = UNetConfig(
+    block_out_channels=(16, 16),
+    attention=(True, False),
+    layers_per_block=1,
+    heads=(2, 2),
+    cross_attention_dim=16,
+    norm_groups=8,
+    sample_size=8,
+)
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet:
+    unet = UNet(SMALLEST)
+    randomise(unet)
+    return unet.requires_grad_(False)
+
+
+@torch.inference_mode()
+def outputs(unet: UNet, by: UNet | CompiledUNet, plan: ReusePlan, cache: ReuseCache, batch: int = 2) -> list[Tensor]:
+    width = unet.config.cross_attention_dim
+    context = torch.randn(batch, 7, width, generator=torch.Generator().manual_seed(99))
+    text = {True: unet.text_kv(context), False: unet.text_kv(context.chunk(2)[1])}
+    found = []
+    for call in range(plan.calls):
+        step = plan.step(call)
+        x = torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(call))
+        x = x if step.guided else x.chunk(2)[1]
+        found.append(by(x, 900.0 - 100 * call, text[step.guided], step, cache))
+    return found
+
+
+@pytest.fixture
+def quick(unet: UNet) -> CompiledUNet:
+    """Traced and captured like the real thing, but run by torch's own kernels: no minutes of C++."""
+    torch._dynamo.reset()
+    counters.clear()
+    return CompiledUNet(unet, backend="eager")
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("map", torch.uint8), ("out", torch.float16), ("deep", torch.float32)])
+def test_compiled_calls_equal_eager_ones(unet: UNet, quick: CompiledUNet, kind: str, dtype: torch.dtype) -> None:
+    plan = interval(CALLS, select(unet.sites, kind=kind)[-2:], k=3)  # a storing and a reusing call in turn
+    eager, own = ReuseCache(dtype), ReuseCache(dtype)
+    expected = outputs(unet, unet, plan, eager)
+    for given, wanted in zip(outputs(unet, quick, plan, own), expected, strict=True):
+        torch.testing.assert_close(given, wanted, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(expected[1], outputs(unet, unet, ReusePlan.nothing(CALLS), ReuseCache())[1])
+    assert len(own) == 0
+    assert own.peak_nbytes == eager.peak_nbytes
+    # One graph for each kind of call, whole, and none made again.
+    assert len(quick.graphs) == counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    assert not counters["recompiles"]
+
+
+def test_graphs_know_the_shapes_of_their_tensors(unet: UNet, quick: CompiledUNet) -> None:
+    plan = ReusePlan.nothing(1)
+    for batch in (2, 4, 2):
+        given = outputs(unet, quick, plan, ReuseCache(), batch)
+        torch.testing.assert_close(given, outputs(unet, unet, plan, ReuseCache(), batch), atol=1e-5, rtol=1e-4)
+    assert len(quick.graphs) == 2
+
+
+def test_calls_without_guidance_read_what_guided_ones_stored(unet: UNet, quick: CompiledUNet) -> None:
+    plan = tgate(CALLS, unet.sites, gate=3)
+    assert not all(plan.guided)
+    for given, wanted in zip(
+        outputs(unet, quick, plan, ReuseCache()), outputs(unet, unet, plan, ReuseCache()), strict=True
+    ):
+        torch.testing.assert_close(given, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_reusing_call_needs_its_cache(unet: UNet, quick: CompiledUNet) -> None:
+    step = hurry(2, select(unet.sites), k=1).step(1)
+    with pytest.raises(CacheError, match="nothing is cached for map of"):
+        quick(torch.zeros(2, 4, 8, 8), 500.0, unet.text_kv(torch.zeros(2, 7, 16)), step, ReuseCache())
+
+
+def test_watching_caches_are_refused(unet: UNet, quick: CompiledUNet) -> None:
+    class Watching(ReuseCache):
+        pass
+
+    with pytest.raises(ValueError, match="show nobody their maps"):
+        outputs(unet, quick, ReusePlan.nothing(1), Watching())
+
+
+def test_inductor_computes_the_same(unet: UNet) -> None:
+    torch._dynamo.reset()
+    plan = hurry(2, select(unet.sites), k=1)
+    given = outputs(unet, CompiledUNet(unet), plan, ReuseCache(torch.uint8))
+    for a, b in zip(given, outputs(unet, unet, plan, ReuseCache(torch.uint8)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)  # a code may be rounded the other way
+
+
+def test_without_a_compiler_one_sentence_says_so(unet: UNet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/c++",))
+    with pytest.raises(ValueError, match=r"cannot be compiled here .*; leave out compiling"):
+        outputs(unet, CompiledUNet(unet), ReusePlan.nothing(1), ReuseCache())
