@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from minireuse.attention import KV, TextKV
 from minireuse.kept import Entry, Kept
@@ -49,8 +49,9 @@ class Call(nn.Module):
 class CompiledUNet:
     """A `UNet` whose weights no longer change, called like one with the context's `text_kv`.
 
-    A graph is compiled when its kind of call is first made, in tens of seconds, and kept as long as this object. So is,
-    on CUDA, memory for what calls store, since CUDA graphs read fixed addresses: one run at a time may use it.
+    A graph is compiled when its kind of call is first made and kept as long as this object. So is, on CUDA, memory for
+    what calls store, since CUDA graphs read fixed addresses: one run at a time may use it. What a call has read for the
+    last time is dropped after it has stored, so a cache may be fuller for a moment than a plain U-Net makes it.
     """
 
     def __init__(self, unet: UNet, backend: str = "inductor") -> None:
@@ -78,14 +79,17 @@ class CompiledUNet:
         same = replace(step, last=frozenset())  # what is forgotten afterwards makes no other graph
         stored = tuple((entry.dtype, entry.guided, _layout(*_parts(entry))) for entry in read.values())
         key = (same, stored, _layout(x, *next(iter(context.kv.values()))), cache.dtype, cache.device)
-        if key not in self.graphs:
-            self.graphs[key] = self._trace(Call(self.unet, same, read, cache), (x, time, context.kv, parts))
         try:
+            if key not in self.graphs:
+                self.graphs[key] = self._trace(Call(self.unet, same, read, cache), (x, time, context.kv, parts))
             y, made = self.graphs[key](x, time, context.kv, parts)  # compiles at the first time
-        except TorchDynamoException as error:
-            raise ValueError(f"the U-Net cannot be compiled here ({reason(error)}); go on without compiling") from None
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            why = reason(getattr(error, "inner_exception", error))
+            raise ValueError(f"the U-Net cannot be compiled here ({why}); leave out compiling") from None
         for site, (values, scale) in zip(sorted(step.store), made, strict=True):
-            kept = Kept(self._settle((site, "values"), values), None if scale is None else self._settle(site, scale))
+            kept = Kept(
+                self._settle((site, "values"), values), None if scale is None else self._settle((site, "scale"), scale)
+            )
             cache.put(site, Entry(kept, x.dtype, step.guided))
         cache.drop(step.last)
         return y.clone() if y.is_cuda else y  # the next replay of a CUDA graph writes over what this one returned
@@ -101,7 +105,8 @@ class CompiledUNet:
             return value
         key = (name, _layout(value))
         if key not in self._rooms:
-            self._rooms[key] = torch.empty_like(value)
+            with torch.inference_mode(False):  # or later runs outside that mode could not write to it
+                self._rooms[key] = torch.empty_like(value)
             torch._dynamo.mark_static_address(self._rooms[key])
         return self._rooms[key].copy_(value)
 

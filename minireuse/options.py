@@ -60,7 +60,8 @@ def sample_parser() -> argparse.ArgumentParser:
     add_guidance_option(how)
     how.add_argument("--eta", type=float, default=0.0, help="noise added by ddim, 0 none to 1")
     how.add_argument("--attention", choices=ATTENTIONS, default="fused", help="kernel of calls that keep no map")
-    how.add_argument("--compile", action="store_true", help="torch.compile the U-Net: minutes at first, faster after")
+    told = "torch.compile the U-Net: slow at first, faster after that"
+    how.add_argument("--compile", action=argparse.BooleanOptionalAction, help=told)
     how.add_argument("--batch-size", type=int, default=4, metavar="N", help="images sampled together")
     reuse = p.add_argument_group("what to reuse")
     policy_help = f"{', '.join(POLICIES)} (with knobs: deepcache:every=3), a plan file, or several joined by |"

@@ -94,7 +94,10 @@ class Pipeline:
     compiled: CompiledUNet | None = None  # what `generate` calls instead of `unet`, if it is there
 
     def compile(self) -> None:
-        """From now on let `generate` call the U-Net as compiled graphs; the first call of each kind compiles one."""
+        """Let `generate` call the U-Net, as it is now, by compiled graphs, until `compiled` is None: one run at a time.
+
+        The first call of each kind compiles a graph, which counts in that run's seconds.
+        """
         self.compiled = CompiledUNet(self.unet)
 
     @property

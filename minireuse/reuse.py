@@ -195,7 +195,7 @@ class ReusePlan:
     def grid(self) -> str | None:
         """One '.' (compute) or '#' (reuse) per call where all sites agree, else None."""
         reused = np.any(self.mask, axis=1)
-        return _draw(reused) if (self.mask.T == reused).all() else None
+        return _draw(reused) if (reused == self.mask.T).all() else None
 
     def __str__(self) -> str:
         if self.grid is not None and all(self.guided):

@@ -151,6 +151,7 @@ def paint(
 def replay(args: argparse.Namespace) -> Recipe:
     """Set the arguments to what `--from-png` was made with. Raises: ValueError where others are given beside it."""
     free = {"from_png", "out", "overwrite", "json", "quiet", "device", "model", "tokenizer", "save_maps", "dry_run"}
+    free |= {"compile"}  # where nothing can be compiled now
     free |= {"init_image"}  # it may lie elsewhere now, but has to be the same one
     defaults = sample_parser()
     given = [name for name, value in vars(args).items() if name not in free and value != defaults.get_default(name)]
@@ -160,7 +161,7 @@ def replay(args: argparse.Namespace) -> Recipe:
     differs = [] if made_with == versions() else [f"with {made_with}, and this is {versions()}"]
     for name in ("negative_prompt", "sampler", "steps", "guidance_scale", "eta", "height", "width", "strength"):
         setattr(args, name, getattr(recipe, name))
-    for name in ("attention", "compile", "dtype", "cache_dtype", "policy", "prediction_type"):
+    for name in ("attention", "dtype", "cache_dtype", "policy", "prediction_type"):
         setattr(args, name, getattr(recipe, name))
     args.batch_size = len(recipe.jobs)
     if args.model is None and recipe.model != SHIPPED:
@@ -169,6 +170,10 @@ def replay(args: argparse.Namespace) -> Recipe:
         args.device = recipe.device
     elif args.device != recipe.device:
         differs.append(f"on {recipe.device}")
+    if args.compile is None:
+        args.compile = recipe.compile
+    elif args.compile != recipe.compile:
+        differs.append(f"with{'' if recipe.compile else 'out'} --compile")
     if recipe.watched:
         args.sites = recipe.watched
         if args.save_maps is None:
@@ -228,7 +233,7 @@ def _recipe(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan) -> Re
         init_image=() if args.init_image is None else (str(args.init_image), digest_of(args.init_image)),
         strength=args.strength,
         attention=args.attention,
-        compile=args.compile,
+        compile=bool(args.compile),
         dtype=str(pipeline.dtype).removeprefix("torch."),
         device=str(pipeline.device),
         cache_dtype=args.cache_dtype,

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import minireuse
 from minireuse import attention
+from minireuse.compiled import CompiledUNet
 from minireuse.config import SD1_UNET, SD2_UNET, ScheduleConfig, UNetConfig
 from minireuse.files import shipped_model, write_whole
 from minireuse.forecast import forecast
@@ -42,6 +43,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 STEPS, REUSED = 20, 10
+COMPILED = ("full", "HURRY map", "HURRY out", "HURRY deep")  # what is measured compiled, too
 TOKENS = 77
 Times = dict[str, list[float]]
 
@@ -181,15 +183,17 @@ def calls(unet: UNet, scale: Scale) -> dict[str, Callable[[], object]]:
 # --- whole runs ----------------------------------------------------------------------------------------------------
 
 
-def runs(unet: UNet, scale: Scale) -> dict[str, Callable[[], object]]:
+def runs(unet: UNet, scale: Scale, compiled: bool = False) -> dict[str, Callable[[], object]]:
     """The sampling loop of one image, `STEPS` steps of guided DDIM: full, with HURRY, and by diffusers."""
     schedule = Schedule.from_config()
     context = torch.randn(2, TOKENS, scale.config.cross_attention_dim, device=scale.device, dtype=scale.dtype)
     x = torch.randn(1, scale.config.in_channels, scale.latents, scale.latents, device=scale.device)
 
+    by = CompiledUNet(unet) if compiled else unet
+
     def ours(plan: ReusePlan, kernel: str = "fused", dtype: torch.dtype = torch.float16) -> Callable[[], object]:
         def run() -> None:
-            denoise = guided_denoise(unet, context, schedule, plan, ReuseCache(dtype), attention=kernel)
+            denoise = guided_denoise(by, context, schedule, plan, ReuseCache(dtype), attention=kernel)
             for _ in ddim(denoise, x, schedule, schedule.timesteps(STEPS)):
                 pass
 
@@ -203,6 +207,8 @@ def runs(unet: UNet, scale: Scale) -> dict[str, Callable[[], object]]:
         if kind == "map":
             found["HURRY map, explicit"] = ours(plan, "explicit")
             found["HURRY map, uint8"] = ours(plan, dtype=torch.uint8)
+    if compiled:
+        return {f"{name}, compiled": run for name, run in found.items() if name in COMPILED}
     # It is not run, but tells the pipeline how much smaller latents are than images.
     tiny = diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -344,7 +350,7 @@ def over_k(found: dict[str, Any]) -> dict[str, list[float]]:
     return lines
 
 
-def measure(scale: Scale, rounds: int, quick: bool) -> dict[str, Any]:
+def measure(scale: Scale, rounds: int, quick: bool, compiled: bool) -> dict[str, Any]:
     """Everything about one scale."""
     unet = build_unet(scale)
     large = not scale.shipped and scale.device == "cpu"  # seconds a call
@@ -356,13 +362,15 @@ def measure(scale: Scale, rounds: int, quick: bool) -> dict[str, Any]:
             for name, run in chosen.items()
             if name in ("full", "diffusers", "HURRY map", "HURRY out", "full, explicit")
         }
-    whole = in_turn(chosen, 1 if large else max(3, rounds // 3), scale.device, warm=not large)
     peak = {}
     if scale.device.startswith("cuda"):
         for name, run in chosen.items():
             torch.cuda.reset_peak_memory_stats(scale.device)
             run()
             peak[name] = torch.cuda.max_memory_allocated(scale.device)
+    if compiled and not large:  # only now: graphs keep memory
+        chosen |= runs(unet, scale, compiled=True)
+    whole = in_turn(chosen, 1 if large else max(3, rounds // 3), scale.device, warm=not large)
     return {"calls": single, "runs": whole, "memory": memory(unet, scale), "peak": peak}
 
 
@@ -370,6 +378,9 @@ def measure(scale: Scale, rounds: int, quick: bool) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no curves: under ten minutes on two cores")
+    parser.add_argument(
+        "--compile", action="store_true", help="compiled U-Nets, too (on a CPU the small one); minutes more"
+    )
     parser.add_argument("--rounds", type=int, help="of timed calls; default: 9, or 21 without --quick")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="a folder for bench.json, table.md and bench.png")
@@ -384,7 +395,9 @@ def main(argv: list[str] | None = None) -> None:
         "machine": platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-        "scales": {scale.label: measure(scale, rounds, args.quick) for scale in tqdm(wanted, desc="scales")},
+        "scales": {
+            scale.label: measure(scale, rounds, args.quick, args.compile) for scale in tqdm(wanted, desc="scales")
+        },
     }
     results["curves"] = {} if args.quick else curves(wanted[0], max(3, rounds // 3))
     results["curves"]["reuse calls of 20"] = over_k(results["scales"][wanted[0].label])

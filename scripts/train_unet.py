@@ -2,8 +2,9 @@
 
 First the text encoder on captions alone (train_text.py). Then both on scenes at half their size, where a step costs a
 quarter and colours, places and rough shapes are learned; then in turn on windows around single objects, just as cheap,
-and on whole scenes. v-prediction (arXiv 2202.00512) on a schedule that ends in almost pure noise, without loss weights:
-with noise prediction on SD's own schedule this small model paints the right shapes on the wrong backgrounds.
+on half scenes that hold two, where it shows which shape goes where, and on whole scenes. v-prediction (arXiv
+2202.00512) on a schedule that ends in almost pure noise, without loss weights: with noise prediction on SD's own
+schedule this small model paints the right shapes on the wrong backgrounds.
 """
 
 from __future__ import annotations
@@ -54,10 +55,12 @@ SCHEDULE_CONFIG = ScheduleConfig(
     offset=0,
     last_alpha_one=True,
 )
-# The distribution of training timesteps, as quantiles: three quarters from the middle of the schedule, where shapes are
+# The distribution of training timesteps, as quantiles: most are from the middle of the schedule, where shapes are
 # decided. Above it only places and colours are, below it nothing but texture.
-TIMESTEPS = ((0.0, 0.075, 0.825, 1.0), (0, 150, 650, 1000))
-VIEWS = ("half", "close", "whole")
+TIMESTEPS = ((0.0, 0.075, 0.9, 1.0), (0, 150, 700, 1000))
+VIEWS = ("half", "close", "whole", "row", "column")
+CYCLE = ("close", "row", "whole", "close", "column", "whole")  # of the last stage
+BANDS = {"row": ("left of", "right of"), "column": ("above", "below")}  # which relations of two objects they show
 SCENES = 12_000  # to train on
 DROP_TEXT = 0.1  # of the prompts are empty, for classifier-free guidance
 
@@ -177,6 +180,22 @@ def close_up(latents: Tensor, scenes: list[Scene], rng: np.random.Generator) -> 
     return torch.stack(windows), alone
 
 
+def band(latents: Tensor, scenes: list[Scene], across: bool, rng: np.random.Generator) -> Tensor:
+    """The half of each scene with both its objects (their rims may be cut): rows if they are side by side, or columns.
+
+    Single objects never show which has which shape; here two do, at half the cost of the scene.
+    Shapes: (B, 4, 32, 32) -> (B, 4, 16, 32), or (B, 4, 32, 16) where `across` is false.
+    """
+    side = latents.shape[-1] // 2
+    cell = SIDE / latents.shape[-1]
+    bands = []
+    for latent, scene in zip(latents, scenes, strict=True):
+        middle = np.mean([o.y if across else o.x for o in scene.objects]) / cell
+        first = int(np.clip(np.round(middle - side / 2 + rng.uniform(-1.5, 1.5)), 0, side))
+        bands.append(latent.narrow(1 if across else 2, first, side))
+    return torch.stack(bands)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
@@ -184,7 +203,10 @@ def main(argv: list[str] | None = None) -> None:
     told = "steps on captions alone, of the text encoder; default: 600, or 0 with --start"
     parser.add_argument("--text-steps", type=int, help=told)
     parser.add_argument("--half-steps", type=int, default=2000, help="steps on scenes of half the size")
-    parser.add_argument("--steps", type=int, default=4700, help="further steps, on windows and whole scenes")
+    parser.add_argument("--steps", type=int, default=4700, help="further steps, on the views of --cycle")
+    parser.add_argument(
+        "--cycle", nargs="+", choices=VIEWS, default=CYCLE, help="views of the further steps, one a step, in turn"
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--samples", type=int, default=16, help="pictures to look at now and then; 0 is none")
@@ -199,6 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = run_tokenizer(args.out / "tokenizer")
     whole, half, vae = prepare(args.out, args.scenes, args.device, args.vae)
     scenes = [scene_at(0, i) for i in range(args.scenes)]
+    shown_in = {v: [i for i, s in enumerate(scenes) if s.relation in BANDS.get(v, (s.relation,))] for v in VIEWS}
     alphas_cumprod = Schedule.from_config(SCHEDULE_CONFIG).alphas_cumprod
     torch.manual_seed(0)
     model = Model(tokenizer)
@@ -212,10 +235,12 @@ def main(argv: list[str] | None = None) -> None:
         rng = np.random.default_rng([2, VIEWS.index(view), step])
         generator = torch.Generator().manual_seed(len(VIEWS) * step + VIEWS.index(view))
         batch = args.batch // 2 if view == "whole" else args.batch
-        chosen = rng.choice(len(scenes), batch, replace=False)
+        chosen = rng.choice(shown_in[view], batch, replace=len(shown_in[view]) < batch)
         x_0, shown = (half if view == "half" else whole)[chosen], [scenes[i] for i in chosen]
         if view == "close":
             x_0, shown = close_up(x_0, shown, rng)
+        elif view in BANDS:
+            x_0 = band(x_0, shown, view == "row", rng)
         prompts = ["" if rng.random() < DROP_TEXT else vary_caption(scene, rng) for scene in shown]
         # One timestep from each of `batch` equal parts of the distribution: the same mean with less variance.
         parts = (np.arange(batch) + rng.random(batch)) / batch
@@ -254,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
         "full",
         args.out,
         model,
-        lambda step: loss_at(step, "whole" if step % 2 else "close"),
+        lambda step: loss_at(step, args.cycle[step % len(args.cycle)]),
         steps=args.steps,
         peak_lr=args.lr / 2,
         ema_decay=0.995,

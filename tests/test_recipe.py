@@ -237,4 +237,8 @@ def test_compiled_pictures_are_made_compiled_again(run: Run, monkeypatch: pytest
     assert [len(compiled.graphs) for compiled in made] == [2, 2]  # one that stores, one that reuses
     assert np.array_equal(pixels("a.png"), pixels("b.png"))
     assert abs(pixels("a.png").astype(int) - pixels("c.png")).max() <= 1
-    assert run(*options, "--compile", "--save-maps", "maps")[0] == 2
+    status, said = run("--from-png", "a.png", "--no-compile", "--out", "d.png")
+    assert (status, "it was made with --compile" in said) == (0, True)
+    assert np.array_equal(pixels("d.png"), pixels("c.png"))
+    status, said = run(*options, "--compile", "--save-maps", "maps")
+    assert (status, "--compile hides inside one graph" in said) == (2, True)

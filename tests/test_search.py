@@ -18,6 +18,7 @@ from minireuse.costs import Costs
 from minireuse.metrics import fidelity
 from minireuse.phast import search as phast_search
 from minireuse.policies import hurry, select
+from minireuse.render import Renderer
 from minireuse.reuse import ReusePlan, Site
 
 COMMON = ["--steps", "6", "--prompts", "2", "--check", "1", "--quiet", "--device", "cpu"]
@@ -63,6 +64,26 @@ def test_plan_file_holds_the_plan_and_its_story(run, tmp_path: Path, pipeline: m
     by_hand = phast_search(render, start, start.sites, k=2, score=lambda images: fidelity(images, reference).mean())
     assert by_hand.plan == plan
     assert by_hand.score == about["score"]
+
+
+def test_ctrl_c_ends_a_search_quietly_and_it_goes_on(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("--reuse", "2", "--out", str(tmp_path / "whole.json"))[0] == 0
+    out, render, made = tmp_path / "cut.json", Renderer.__call__, []
+
+    def stopping(self: Renderer, plan: ReusePlan) -> object:
+        made.append(plan)
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        return render(self, plan)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Renderer, "__call__", stopping)
+        status, said, err = run("--reuse", "2", "--out", str(out))
+    assert (status, said, err) == (130, "", "interrupted; the same command goes on from the journal\n")
+    assert not out.exists()
+    assert run("--reuse", "2", "--out", str(out))[0] == 0
+    whole, cut = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("whole", "cut"))
+    assert (cut["sites"], cut["about"]["score"]) == (whole["sites"], whole["about"]["score"])
 
 
 def test_a_search_cut_short_goes_on_to_the_same_plan(run, tmp_path: Path) -> None:

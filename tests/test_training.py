@@ -118,6 +118,19 @@ def test_close_views_show_one_object_and_tell_of_it_alone() -> None:
                 assert not (left <= other.x <= left + 64 and top <= other.y <= top + 64)
 
 
+@pytest.mark.parametrize(("view", "across"), [("row", True), ("column", False)])
+def test_bands_hold_both_objects(view: str, across: bool) -> None:
+    scenes = [s for s in (scene_at(0, i) for i in range(60)) if s.relation in train_unet.BANDS[view]]
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    coordinates = torch.stack([x, y, x, y]).expand(len(scenes), -1, -1, -1)
+    bands = train_unet.band(coordinates, scenes, across, np.random.default_rng(0))
+    assert bands.shape == (len(scenes), 4, *((16, 32) if across else (32, 16)))
+    for shown, scene in zip(bands, scenes, strict=True):
+        left, top = 4 * shown[0].min(), 4 * shown[1].min()  # pixels
+        assert all(left <= o.x <= left + 4 * shown.shape[2] for o in scene.objects)
+        assert all(top <= o.y <= top + 4 * shown.shape[1] for o in scene.objects)
+
+
 def test_the_text_encoder_is_asked_for_each_place() -> None:
     def object_of(shape: str, colour: str) -> Object:
         return Object(shape, colour, "small", "plain", 0.0, 0.0, 13.0)
@@ -204,7 +217,10 @@ def test_the_chain_from_scenes_to_a_folder_that_loads(tmp_path: Path) -> None:
         "--half-steps",
         "1",
         "--steps",
-        "1",
+        "2",
+        "--cycle",
+        "row",
+        "column",
         "--samples",
         "0",
         "--batch",
