@@ -25,22 +25,20 @@ from tqdm import tqdm
 import minireuse
 from minireuse.evaluate import picture, save_pictures
 from minireuse.files import read_lines, shipped_model, write_whole
-from minireuse.metrics import fidelity, ssim
-from minireuse.policies import build, policies_for
+from minireuse.metrics import fidelity, interval, ssim
+from minireuse.policies import RELATIVES, build, policies_for
 from minireuse.report import summarise, write_report
 from minireuse.reuse import ReuseCache, ReusePlan
 
 OURS = (
     "hurry",
-    "phast",
-    "phast:kind=deep",
+    *(f"phast:kind={kind},k={k}" for kind in ("map", "out", "deep") for k in (5, 10, 15)),
     "deepcache",
     "deepcache:every=3",
     "tgate",
-    "steps:15",
-    "steps:13",
-    "steps:10",
+    *(f"steps:{n}" for n in (18, 16, 14, 12, 10, 8)),
 )
+LATENCIES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the full sampler's time
 SEED = 1000  # of the first prompt; searches use those from 0
 
 
@@ -113,6 +111,29 @@ def timed(runners: dict[str, Runner], prompt: str, latents: Tensor, rounds: int)
     return seconds
 
 
+def is_own(name: str) -> bool:
+    """Whether a row of `--ours` is a plan of this project's: no published relative, no plain sampler."""
+    return not any(term.partition(":")[0] in (*RELATIVES, "steps", "none") for term in name.split("|"))
+
+
+def gaps(rows: dict[str, dict[str, Any]], own: Sequence[str]) -> str:
+    """At each latency the best of our plans that is as fast, and the best of all others: packages, and fewer steps."""
+    times = {n: np.median(np.divide(row["seconds"], rows["none"]["seconds"])) for n, row in rows.items()}
+    lines = ["| within | ours | dB | best other | dB | gap, dB [95 %] |", "|---|---|---|---|---|---|"]
+    for latency in LATENCIES:
+        fast = [name for name, time in times.items() if time <= latency]
+        sides = [[n for n in fast if n in own], [n for n in fast if n not in own]]
+        best = [max(side, key=lambda n: float(np.mean(rows[n]["psnr"])), default=None) for side in sides]
+        cells = ["none is as fast | " if n is None else f"`{n}` | {np.mean(rows[n]['psnr']):.1f}" for n in best]
+        gap = ""
+        if best[0] is not None and best[1] is not None:
+            gain = np.subtract(rows[best[0]]["psnr"], rows[best[1]]["psnr"])
+            low, high = interval(gain)
+            gap = f"{gain.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
+        lines.append(f"| {latency} of the time | {cells[0]} | {cells[1]} | {gap} |")
+    return "\n".join(lines) + "\n"
+
+
 def noise(pipe: minireuse.Pipeline, seeds: Sequence[int]) -> Tensor:
     """The initial latents of these seeds, as `Pipeline.generate` draws them."""
     config = pipe.unet.config
@@ -160,7 +181,9 @@ def main(argv: list[str] | None = None) -> None:
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
     results = {"steps": args.steps, "prompts": prompts, "versions": versions, "rows": rows, "equal_latency": {}}
     pictures = {name: picture(args.out, name, 0).parent for name in runners}
-    print(write_report(args.out, summarise(results, "none"), pictures, prompts))
+    compared = gaps(rows, list(filter(is_own, args.ours)))
+    print(write_report(args.out, summarise(results, "none"), pictures, prompts) + "\n" + compared)
+    write_whole([args.out / "gaps.md"], compared.encode())
     write_whole([args.out / "results.json"], json.dumps(results, indent=1).encode())
 
 

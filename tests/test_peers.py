@@ -13,6 +13,7 @@ import minireuse
 from minireuse.policies import deepcache, tgate
 from minireuse.reuse import ReuseCache
 
+import compare_peers
 from conftest import relative_error
 
 PROMPT, STEPS = "a large red circle on a blue background", 10
@@ -73,8 +74,6 @@ def test_tgate_agrees_with_its_package(
 def test_one_table_for_the_packages_and_ours(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for package in ("DeepCache", "tgate", "tomesd"):
         pytest.importorskip(package, reason="extra `peers` is not installed")
-    import compare_peers
-
     (tmp_path / "prompts.txt").write_text("a red circle\na star\n")
     argv = [
         "--model",
@@ -95,3 +94,27 @@ def test_one_table_for_the_packages_and_ours(model_folder: Path, tmp_path: Path,
             rows[package]["psnr"], abs=1
         )  # the same plans: as far from the full one
     assert "ToMe, ratio 0.5" in capsys.readouterr().out
+
+
+def test_the_gap_at_each_latency_is_to_the_best_of_the_others() -> None:
+    def row(psnr: list[float], time: float) -> dict[str, list[float]]:
+        return {"psnr": psnr, "seconds": [2 * time, 4 * time]}
+
+    rows = {
+        "none": row([100.0, 100.0], 1.0),
+        "phast": row([40.0, 42.0], 0.75),
+        "phast:k=15": row([30.0, 34.0], 0.45),
+        "deepcache": row([29.0, 29.0], 0.5),  # theirs, whoever runs it
+        "steps:14": row([33.0, 33.0], 0.7),
+        "DeepCache, interval 2": row([29.5, 29.5], 0.55),
+        "hurry": row([99.0, 99.0], 0.95),  # too slow for all
+    }
+    own = [name for name in rows if compare_peers.is_own(name)]
+    assert own == ["phast", "phast:k=15", "DeepCache, interval 2", "hurry"]
+    told = compare_peers.gaps(rows, own[:2]).splitlines()[2:]
+    assert len(told) == len(compare_peers.LATENCIES)
+    assert told[1].startswith("| 0.8 of the time | `phast` | 41.0 | `steps:14` | 33.0 | +8.0 [")
+    assert told[3].startswith("| 0.6 of the time | `phast:k=15` | 32.0 | `DeepCache, interval 2` | 29.5 | +2.5 [")
+    assert told[4].startswith("| 0.5 of the time | `phast:k=15` | 32.0 | `deepcache` | 29.0 | +3.0 [")
+    assert told[5] == "| 0.4 of the time | none is as fast |  | none is as fast |  |  |"
+    assert not compare_peers.is_own("phast|tgate")
