@@ -1,7 +1,7 @@
 """Put measured tables into the README, between their marks: `python scripts/update_readme.py`.
 
-A mark is a comment that names a file, `<!-- from docs/evaluation/table.md -->`; the text up to `<!-- end -->` is replaced
-by that file.
+A mark is a comment that names a file, `<!-- from docs/evaluation/table.md -->`; the text up to `<!-- end -->` is
+replaced by that file.
 """
 
 from __future__ import annotations
