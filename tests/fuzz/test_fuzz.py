@@ -1,6 +1,6 @@
 """Files from strangers: read, or refused in one sentence. Never a traceback, a hang, or memory without bounds.
 
-Bounded here; `FUZZ_CASES=5000 pytest tests/fuzz --hypothesis-seed=1` tries as many of each kind.
+Bounded here; `FUZZ_CASES=6000 pytest tests/fuzz --hypothesis-seed=1` tries as many of each kind.
 """
 
 from __future__ import annotations
