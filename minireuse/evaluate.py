@@ -168,36 +168,49 @@ def measure(
 
     By row: seconds, seconds_total, seconds_explicit (every attention map written out), each a list over rounds.
     """
-    if "timings" in journal.records:
-        return dict(journal.records["timings"])
-    timings: dict[str, dict[str, Any]] = {
-        row.name: {"seconds": [], "seconds_total": [], "seconds_explicit": [], "cache_peak_bytes": 0} for row in rows
+    warm = False
+    for i in tqdm(range(args.rounds), desc="time", disable=args.quiet):
+        if f"round {i}" in journal.records:
+            continue
+        if not warm:
+            time_round(args, pipeline, rows, prompt)
+            warm = True
+        # Each round in an order of its own, so that no row always runs after the same one.
+        shuffled = [rows[j] for j in np.random.default_rng(i).permutation(len(rows))]
+        journal.add(f"round {i}", time_round(args, pipeline, shuffled, prompt))
+    measured = [journal.records[f"round {i}"] for i in range(args.rounds)]
+    kinds = ("seconds", "seconds_total", "seconds_explicit")
+    return {
+        row.name: {kind: [found[row.name][kind] for found in measured] for kind in kinds}
+        | {"cache_peak_bytes": measured[0][row.name]["cache_peak_bytes"] if measured else 0}
+        for row in rows
     }
-    for i in tqdm(range(args.rounds + 1 if args.rounds else 0), desc="time", disable=args.quiet):
-        for row, attention in itertools.product(rows, ("fused", "explicit")):
-            began = time.perf_counter()
-            result = pipeline.generate(
-                prompt,
-                steps=row.steps,
-                sampler=args.sampler,
-                guidance_scale=args.guidance_scale,
-                seeds=args.seed,
-                plan=row.plan,
-                cache=ReuseCache(),
-                attention=attention,
-            )
-            total, kept = time.perf_counter() - began, timings[row.name]
-            if attention == "fused":
-                kept["cache_peak_bytes"] = result.cache_peak_bytes
-            if i == 0:  # warms up
-                continue
-            if attention == "fused":
-                kept["seconds"].append(result.seconds)
-                kept["seconds_total"].append(total)
-            else:
-                kept["seconds_explicit"].append(result.seconds)
-    journal.add("timings", timings)
-    return timings
+
+
+def time_round(
+    args: argparse.Namespace, pipeline: Pipeline, rows: Sequence[Row], prompt: str
+) -> dict[str, dict[str, float]]:
+    """Seconds of each row, once."""
+    found: dict[str, dict[str, float]] = {row.name: {} for row in rows}
+    for row, attention in itertools.product(rows, ("fused", "explicit")):
+        began = time.perf_counter()
+        result = pipeline.generate(
+            prompt,
+            steps=row.steps,
+            sampler=args.sampler,
+            guidance_scale=args.guidance_scale,
+            seeds=args.seed,
+            plan=row.plan,
+            cache=ReuseCache(),
+            attention=attention,
+        )
+        if attention == "explicit":
+            found[row.name]["seconds_explicit"] = result.seconds
+            continue
+        found[row.name]["seconds"] = result.seconds
+        found[row.name]["seconds_total"] = time.perf_counter() - began
+        found[row.name]["cache_peak_bytes"] = result.cache_peak_bytes
+    return found
 
 
 def equals(rows: Sequence[Row], timings: dict[str, dict[str, Any]]) -> dict[str, str]:

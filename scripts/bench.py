@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 import minireuse
 from minireuse import attention
+from minireuse.command import exit_status
 from minireuse.compiled import CompiledUNet
 from minireuse.config import SD1_UNET, SD2_UNET, ScheduleConfig, UNetConfig
 from minireuse.files import shipped_model, write_whole
@@ -386,9 +388,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="a folder for bench.json, table.md and bench.png")
     args = parser.parse_args(argv)
     if args.device == "cpu" and not (shipped_model() / "model_index.json").exists():
-        raise SystemExit("error: the shipped model is not there; run this in a checkout or an installed package")
+        raise ValueError("the shipped model is not there; run this in a checkout or an installed package")
     if args.out is not None and (args.out / "bench.json").exists():
-        raise SystemExit(f"error: {args.out} holds results already; name a new folder")
+        raise ValueError(f"{args.out} holds results already; name a new folder")
     rounds = args.rounds or (9 if args.quick else 21)
     wanted = scales(args.device, args.quick)
     results: dict[str, Any] = {
@@ -410,4 +412,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

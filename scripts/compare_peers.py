@@ -1,8 +1,9 @@
 """The published packages next to our plans, on one model: `python scripts/compare_peers.py --out runs/peers`.
 
 DeepCache, T-GATE and ToMe run through diffusers on the very same weights, prompts, seeds and initial latents, in one
-process, in turn with ours. Needs `pip install -e ".[peers,eval]"`. The table's reference is our full sampler, whose
-images diffusers' plain pipeline has to match (its row shows how well).
+process, in turn with ours. Needs `pip install -e ".[peers,eval]"`. Images are compared with our full sampler's, which
+diffusers' plain pipeline has to match (its row shows how well). In the table of gaps a package's time is a fraction of
+plain diffusers' time and ours of our own full sampler's, so that neither gains by the other's overhead.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import minireuse
+from minireuse.command import exit_status
 from minireuse.evaluate import picture, save_pictures
 from minireuse.files import read_lines, shipped_model, write_whole
+from minireuse.journal import Journal
 from minireuse.metrics import fidelity, interval, ssim
 from minireuse.policies import RELATIVES, build, policies_for
 from minireuse.report import summarise, write_report
@@ -37,6 +42,8 @@ OURS = (
     "deepcache:every=3",
     "tgate",
     *(f"steps:{n}" for n in (18, 16, 14, 12, 10, 8)),
+    "steps:16+phast:kind=deep",
+    "steps:14+phast:kind=deep",
 )
 LATENCIES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the full sampler's time
 SEED = 1000  # of the first prompt; searches use those from 0
@@ -49,18 +56,23 @@ class Runner:
     sample: Callable[[Sequence[str], Tensor], np.ndarray]
     plan: ReusePlan | None = None  # None for the packages, which have no plan to show
     calls: int = 0
+    full: str = "none"  # the full sampler that its time is a fraction of
+    note: str = ""
 
 
 def ours(pipe: minireuse.Pipeline, text: str, steps: int, model: Path | None) -> Runner:
-    if text.startswith("steps:"):
-        steps, text = int(text.removeprefix("steps:")), "none"
-    policies = policies_for(text, model, "ddim", lambda: pipe.fingerprint)
-    plan = build(text, pipe.calls("ddim", steps), pipe.sites, policies=policies).on(pipe.sites)
+    """A policy, `steps:N` for the plain sampler with N steps, or `steps:N+POLICY` for both."""
+    fewer, _, policy = text.partition("+") if text.startswith("steps:") else ("", "", text)
+    steps, policy = int(fewer.removeprefix("steps:") or steps), policy or "none"
+    policies = policies_for(policy, model, "ddim", lambda: pipe.fingerprint)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        plan = build(policy, pipe.calls("ddim", steps), pipe.sites, policies=policies).on(pipe.sites)
 
     def sample(prompts: Sequence[str], latents: Tensor) -> np.ndarray:
         return pipe.generate(prompts, steps=steps, plan=plan, latents=latents, cache=ReuseCache()).images
 
-    return Runner(sample, plan, plan.calls)
+    return Runner(sample, plan, plan.calls, note="; ".join(str(w.message) for w in said))
 
 
 def peers(ours: minireuse.Pipeline, folder: Path, steps: int) -> dict[str, Runner]:
@@ -80,7 +92,7 @@ def peers(ours: minireuse.Pipeline, folder: Path, steps: int) -> dict[str, Runne
             options["guidance_scale"] = ours.guidance_scale
             return ours.to_images(call(list(prompts), **options, **settings).images)
 
-        return Runner(sample, calls=steps)
+        return Runner(sample, calls=steps, full="diffusers")
 
     made = {"diffusers": runner(fresh())}
     for every in (2, 3, 5):
@@ -96,29 +108,33 @@ def peers(ours: minireuse.Pipeline, folder: Path, steps: int) -> dict[str, Runne
         pipe = fresh()
         tomesd.apply_patch(pipe, ratio=ratio)
         made[f"ToMe, ratio {ratio}"] = runner(pipe)
-    return made
+    both = fresh()
+    tomesd.apply_patch(both, ratio=0.5)
+    helper = DeepCacheSDHelper(pipe=both)
+    helper.set_params(cache_interval=2, cache_branch_id=0)
+    helper.enable()
+    return made | {"DeepCache, interval 2, with ToMe, ratio 0.5": runner(both)}
 
 
-def timed(runners: dict[str, Runner], prompt: str, latents: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of one image from its prompt to its pixels, all in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    for i in tqdm(range(rounds + 1), desc="time"):
-        for name, runner in runners.items():
-            began = time.perf_counter()
-            runner.sample([prompt], latents)
-            if i:  # the first round warms up
-                seconds[name].append(time.perf_counter() - began)
+def time_round(runners: dict[str, Runner], prompt: str, latents: Tensor, number: int) -> dict[str, float]:
+    """Seconds of one image from its prompt to its pixels, each runner once, in an order of this round's own."""
+    seconds, names = {}, list(runners)
+    for i in np.random.default_rng(number).permutation(len(names)):
+        began = time.perf_counter()
+        runners[names[i]].sample([prompt], latents)
+        seconds[names[i]] = time.perf_counter() - began
     return seconds
 
 
 def is_own(name: str) -> bool:
     """Whether a row of `--ours` is a plan of this project's: no published relative, no plain sampler."""
-    return not any(term.partition(":")[0] in (*RELATIVES, "steps", "none") for term in name.split("|"))
+    terms = name.removeprefix("steps:").partition("+")[2].split("|") if name.startswith("steps:") else name.split("|")
+    return not any(term.partition(":")[0] in (*RELATIVES, "none", "") for term in terms)
 
 
 def gaps(rows: dict[str, dict[str, Any]], own: Sequence[str]) -> str:
     """At each latency the best of our plans that is as fast, and the best of all others: packages, and fewer steps."""
-    times = {n: np.median(np.divide(row["seconds"], rows["none"]["seconds"])) for n, row in rows.items()}
+    times = {n: np.median(np.divide(row["seconds"], rows[row["full"]]["seconds"])) for n, row in rows.items()}
     lines = ["| within | ours | dB | best other | dB | gap, dB [95 %] |", "|---|---|---|---|---|---|"]
     for latency in LATENCIES:
         fast = [name for name, time in times.items() if time <= latency]
@@ -141,6 +157,20 @@ def noise(pipe: minireuse.Pipeline, seeds: Sequence[int]) -> Tensor:
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
+def render(
+    out: Path, runners: dict[str, Runner], prompts: Sequence[str], start: int, size: int, pipe: minireuse.Pipeline
+) -> dict[str, dict[str, list[float]]]:
+    """Pictures of a few prompts by every runner, and how close they are to the first one's: ours without reuse."""
+    batch, found, reference = prompts[start : start + size], {}, None
+    latents = noise(pipe, range(SEED + start, SEED + start + len(batch)))
+    for name, runner in runners.items():
+        images = runner.sample(batch, latents)
+        reference = images if reference is None else reference
+        found[name] = {"psnr": fidelity(images, reference).tolist(), "ssim": ssim(images, reference).tolist()}
+        save_pictures(out, name, start, images)
+    return found
+
+
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,30 +184,38 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     args = parser.parse_args(argv)
     if (args.out / "results.json").exists():
-        raise SystemExit(f"error: {args.out} holds results already; name a new folder, or remove it first")
+        raise ValueError(f"{args.out} holds results already; name a new folder, or remove it first")
 
     pipe = minireuse.load(args.model, dtype="float32")
     prompts = read_lines(args.prompts_file or shipped_model() / "prompts" / "evaluation.txt")[: args.prompts]
     runners = {name: ours(pipe, name, args.steps, args.model) for name in dict.fromkeys(["none", *args.ours])}
     runners |= peers(pipe, args.model or shipped_model(), args.steps)
 
+    settings = {"model": pipe.fingerprint, "steps": args.steps, "prompts": prompts, "batch_size": args.batch_size}
+    settings["plans"] = {n: [r.calls, None if r.plan is None else r.plan.to_json()] for n, r in runners.items()}
+    args.out.mkdir(parents=True, exist_ok=True)
+    journal = Journal(args.out / "journal.jsonl", settings)
     rows: dict[str, dict[str, Any]] = {}
     for name, runner in runners.items():
         grid = None if runner.plan is None else runner.plan.grid
         reused = "" if runner.plan is None else runner.plan.reused
-        rows[name] = {"plan": grid, "calls": runner.calls, "reused": reused, "psnr": [], "ssim": [], "follows": [None]}
+        about = {"plan": grid, "calls": runner.calls, "reused": reused, "full": runner.full, "note": runner.note}
+        rows[name] = about | {"psnr": [], "ssim": [], "follows": [None], "seconds": []}
     for start in tqdm(range(0, len(prompts), args.batch_size), desc="render"):
-        batch = prompts[start : start + args.batch_size]
-        latents = noise(pipe, range(SEED + start, SEED + start + len(batch)))
-        reference = None
-        for name, runner in runners.items():  # ours without reuse is the first
-            images = runner.sample(batch, latents)
-            reference = images if reference is None else reference
-            rows[name]["psnr"] += fidelity(images, reference).tolist()
-            rows[name]["ssim"] += ssim(images, reference).tolist()
-            save_pictures(args.out, name, start, images)
-    for name, seconds in timed(runners, prompts[0], noise(pipe, [SEED]), args.rounds).items():
-        rows[name]["seconds"] = seconds
+        if f"render {start}" not in journal.records:
+            journal.add(f"render {start}", render(args.out, runners, prompts, start, args.batch_size, pipe))
+        for name, found in journal.records[f"render {start}"].items():
+            rows[name]["psnr"] += found["psnr"]
+            rows[name]["ssim"] += found["ssim"]
+    warm = False
+    for i in tqdm(range(args.rounds), desc="time"):
+        if f"round {i}" not in journal.records:
+            if not warm:
+                time_round(runners, prompts[0], noise(pipe, [SEED]), i)
+                warm = True
+            journal.add(f"round {i}", time_round(runners, prompts[0], noise(pipe, [SEED]), i))
+        for name, seconds in journal.records[f"round {i}"].items():
+            rows[name]["seconds"].append(seconds)
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
     results = {"steps": args.steps, "prompts": prompts, "versions": versions, "rows": rows, "equal_latency": {}}
     pictures = {name: picture(args.out, name, 0).parent for name in runners}
@@ -188,4 +226,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main, "interrupted; the same command goes on from the journal"))

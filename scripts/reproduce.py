@@ -1,31 +1,37 @@
 """The method's claims, tried on one model: `python scripts/reproduce.py --out runs/reproduce` (extra `eval`).
 
-Each stage keeps what it found in a file of the output folder and is not run again; at the end `report.md` states for
+What is found goes into a journal: the same command goes on after an interruption. At the end `report.md` states for
 every claim whether it holds here, with the figures, and the plots beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
+from PIL import Image
 
 import minireuse
 from minireuse import evaluate, search
+from minireuse.command import exit_status
 from minireuse.files import read_lines, shipped_model, write_whole
-from minireuse.metrics import interval
+from minireuse.journal import Journal
+from minireuse.metrics import fidelity, interval
 from minireuse.report import summarise
 from minireuse.searched import plans_of
 
 import claims
 from claims import Study, verdict
+from world import caption, parse_caption, vary_caption
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -38,7 +44,6 @@ POLICIES = [
     *(f"{name}:kind={kind}" for kind in KINDS[1:] for name in ("hurry", "phast")),
     "deepcache",
 ]
-TOGETHER = ["steps:15", "steps:13", "steps:10"]
 
 
 def evaluation(args: argparse.Namespace, name: str, policies: list[str], *more: str) -> dict[str, Any]:
@@ -46,10 +51,24 @@ def evaluation(args: argparse.Namespace, name: str, policies: list[str], *more: 
     out = args.out / name
     if not (out / "results.json").exists():
         model = [] if args.model is None else ["--model", str(args.model), "--prompts-file", str(args.prompts_file)]
-        own = ["--prompts", str(args.prompts), "--steps", str(args.steps), "--out", str(out), "--policies", *policies]
-        if evaluate.main([*model, *own, *more]):
-            raise SystemExit(f"error: the evaluation for stage {name} failed")
+        own = ["--prompts", str(args.prompts), "--steps", str(args.steps), "--rounds", str(args.rounds)]
+        own += ["--out", str(out), "--policies", *policies]
+        done(evaluate.main([*model, *own, *more]), f"the evaluation {name}")
     return json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+
+def done(status: int, what: str) -> None:
+    """Raises: KeyboardInterrupt, ValueError where a command did not come to its end."""
+    if status == 130:
+        raise KeyboardInterrupt
+    if status:
+        raise ValueError(f"{what} failed")
+
+
+def times(rows: dict[str, Any], *names: str) -> str:
+    """What each row takes of the full sampler's time."""
+    ratios = (np.median(np.divide(rows[name]["seconds"], rows["none"]["seconds"])) for name in names)
+    return ", ".join(f"{name} {ratio:.2f}" for name, ratio in zip(names, ratios, strict=True))
 
 
 def chain(args: argparse.Namespace, study: Study) -> dict[str, Any]:
@@ -59,6 +78,9 @@ def chain(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     pairs = {
         "PHAST over HURRY (map)": ("phast", "hurry"),
         "HURRY over fewer steps (map)": ("hurry", twins["hurry"]),
+        "PHAST over fewer steps (map)": ("phast", twins["phast"]),
+        "PHAST over HURRY (deep)": ("phast:kind=deep", "hurry:kind=deep"),
+        "HURRY over fewer steps (deep)": ("hurry:kind=deep", twins["hurry:kind=deep"]),
         "PHAST over fewer steps (deep)": ("phast:kind=deep", twins["phast:kind=deep"]),
         "PHAST over DeepCache (deep)": ("phast:kind=deep", "deepcache"),
     }
@@ -67,6 +89,7 @@ def chain(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     ends = {name: interval(values) for name, values in links.items()}
     text = "; ".join(f"{n} {links[n].mean():+.1f} dB [{low:+.1f}, {high:+.1f}]" for n, (low, high) in ends.items())
     text += "".join(f"; {name}: not faster than the full sampler" for name in slow)
+    text += f". Of the full sampler's time: {times(rows, *dict.fromkeys(n for pair in pairs.values() for n in pair))}"
     holds = not slow and all(low > 0 for low, _ in ends.values())
     return {"verdict": verdict(holds, bool(slow) or any(high < 0 for _, high in ends.values())), "text": text}
 
@@ -87,57 +110,74 @@ def tensors(args: argparse.Namespace, study: Study) -> dict[str, Any]:
 
 def layerwise(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     """Claim 9: layer-wise plans are closer than step-wise ones of the same latency."""
-    folder, found = args.out / "layerwise", {}
-    model = [] if args.model is None else ["--model", str(args.model), "--prompts-file", str(args.prompts_file)]
-    common = ["--steps", str(args.steps), "--budget-latency", "0.7"]
-    for name, options in {"layers": ["--layerwise"], **{k: ["--kind", k] for k in KINDS}}.items():
+    folder, found, slow = args.out / "layerwise", {}, []
+    model = [] if args.model is None else ["--model", str(args.model)]
+    calibration = ["--prompts-file", str(args.calibration_file), "--prompts", "2"]
+    common = [*model, *calibration, "--steps", str(args.steps), "--budget-latency", "0.7"]
+    for name, options in {"layers": ["--layerwise"], **{kind: ["--kind", kind] for kind in KINDS}}.items():
         out = folder / f"{name}.json"
-        if not out.exists():
-            search.main([*model, *common, *options, "--budget", args.search_budget, "--out", str(out)])
-        if out.exists():  # no map plan may be fast enough
-            found[name] = str(out)
-    if "layers" not in found or len(found) < 2:
-        return {"verdict": "unclear", "text": "no plan of 0.7 of the full sampler's time was found to compare with"}
+        budget = args.layerwise_budget if name == "layers" else args.search_budget
+        status = 0 if out.exists() else search.main([*common, *options, "--budget", budget, "--out", str(out)])
+        if status == 2 and name != "layers":
+            slow.append(name)  # no plan of this kind is fast enough
+            continue
+        done(status, "the layer-wise search")
+        found[name] = str(out)
     results = evaluation(args, "layerwise-evaluation", list(found.values()))
     rows = {name: results["rows"][path] for name, path in found.items()}
     gains = {n: np.subtract(rows["layers"]["psnr"], r["psnr"]) for n, r in rows.items() if n != "layers"}
     ends = {name: interval(values) for name, values in gains.items()}
-    text = "layer-wise over step-wise at 0.7 of the time: " + ", ".join(
+    taken = {n: float(np.median(np.divide(r["seconds"], results["rows"]["none"]["seconds"]))) for n, r in rows.items()}
+    text = "layer-wise over step-wise, each estimated at 0.7 of the time: " + ", ".join(
         f"{n} {gains[n].mean():+.1f} dB [{low:+.1f}, {high:+.1f}]" for n, (low, high) in ends.items()
     )
-    holds = all(low > 0 for low, _ in ends.values())
+    text += ". Measured: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in taken.items())
+    text += "".join(f". No step-wise plan of kind {name} is that fast" for name in slow)
+    alike = bool(gains) and all(taken["layers"] <= taken[name] + 0.02 for name in gains)
+    holds = alike and all(low > 0 for low, _ in ends.values())
     return {"verdict": verdict(holds, any(high < 0 for _, high in ends.values())), "text": text}
 
 
 def together(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     """Claim 10: reuse and fewer steps add up: reuse on a shorter run beats a run that is shorter still."""
-    results = evaluation(args, "together", TOGETHER)
-    short = evaluation(args, "together-15", ["phast:kind=deep"], "--steps", "15")
-    full, fewer = results["rows"], {n: r for n, r in results["rows"].items() if n.startswith("steps:")}
-    ratio = np.median(np.array(full["steps:15"]["seconds"]) / np.array(full["none"]["seconds"]))
-    again = np.median(
-        np.array(short["rows"]["phast:kind=deep"]["seconds"]) / np.array(short["rows"]["none"]["seconds"])
+    short = 3 * args.steps // 4
+    fewer = [f"steps:{n}" for n in range(short, args.steps // 3, -1)]
+    rows = evaluation(args, "together", fewer)["rows"]
+    reused = evaluation(args, "together-short", ["phast:kind=deep"], "--steps", str(short))["rows"]
+
+    def pictures(folder: str, row: str) -> np.ndarray:
+        files = (evaluate.picture(args.out / folder, row, i) for i in range(args.prompts))
+        return np.stack([np.array(Image.open(file)) for file in files])
+
+    # Against the same image as fewer steps are: the full sampler's with all steps.
+    ours = fidelity(pictures("together-short", "phast:kind=deep"), pictures("together", "none"))
+    taken = {name: float(np.median(np.divide(row["seconds"], rows["none"]["seconds"]))) for name, row in rows.items()}
+    again = np.median(np.divide(reused["phast:kind=deep"]["seconds"], reused["none"]["seconds"]))
+    time = float(taken[f"steps:{short}"] * again)
+    rival = min((name for name in taken if taken[name] >= time), key=lambda name: taken[name])
+    gain = ours - np.array(rows[rival]["psnr"])
+    low, high = interval(gain)
+    text = (
+        f"{short} steps with deep reuse take {time:.2f} of the time of {args.steps} and are {ours.mean():.1f} dB from their "
+        f"image; {rival} takes {taken[rival]:.2f}: {gain.mean():+.1f} dB [{low:+.1f}, {high:+.1f}] for reuse"
     )
-    loss = float(np.mean(short["rows"]["phast:kind=deep"]["psnr"]))
-    text = f"15 steps take {ratio:.2f}, with deep reuse {ratio * again:.2f} of the time; reuse keeps the 15-step image "
-    text += f"to {loss:.1f} dB, while fewer steps keep the 20-step one to "
-    text += ", ".join(f"{np.mean(row['psnr']):.1f} ({name})" for name, row in fewer.items())
-    holds = again < 0.9 and loss > np.mean(full["steps:15"]["psnr"])
-    return {"verdict": verdict(bool(holds), again > 1), "text": text}
+    return {"verdict": verdict(low > 0, high < 0), "text": text}
 
 
 def quality(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     """Claim 11: as a set, and against their prompts, the images are as good as the full sampler's."""
-    summary = summarise(evaluation(args, "policies", POLICIES, "--equal-latency", "--fid", "vae"), "none")
-    close = {n: r for n, r in summary.items() if r["psnr"] >= 30}
-    drop = {n: summary["none"]["follows"] - r["follows"] for n, r in close.items() if "follows" in r}
+    results = evaluation(args, "policies", POLICIES, "--equal-latency", "--fid", "vae")
+    rows, summary = results["rows"], summarise(results, "none")
+    close = [n for n, r in summary.items() if r["psnr"] >= 30 and n != "none" and "follows" in r]
+    drops = {n: interval(np.subtract(rows["none"]["follows"], rows[n]["follows"])) for n in close}
     text = "; ".join(
         f"`{n}` {r['psnr']:.1f} dB, Fréchet distance {r['fid']:.2f}"
         + (f", prompt followed {r['follows']:.3f}" if "follows" in r else "")
         for n, r in summary.items()
     )
-    worst = max(drop.values(), default=0.0)
-    return {"verdict": verdict(worst < 0.01, worst > 0.03), "text": text}
+    text += f". The distances are of {args.prompts} images: compare them with each other only"
+    holds = bool(drops) and all(high < 0.03 for _, high in drops.values())
+    return {"verdict": verdict(holds, any(low > 0.03 for low, _ in drops.values())), "text": text}
 
 
 STAGES: dict[str, tuple[str, Stage]] = {
@@ -164,13 +204,24 @@ STAGES: dict[str, tuple[str, Stage]] = {
 }
 
 
+PANELS = {"change": "relative change since the call before", "cosine": "cosine with the call before"}
+
+
+NEED_PLANS = ("chain", "generalisation", "tensors", "together", "quality")
+
+
 def draw(name: str, found: dict[str, Any], path: Path) -> bool:
     """The stage's plot, where it has one."""
     figure, axes = plt.subplots(figsize=(7, 4))
     if name == "redundancy":
-        shown = axes.imshow(found["change"], aspect="auto", cmap="magma", vmax=1)
-        axes.set(xlabel="call - 1", ylabel="site", title="relative change since the call before")
-        figure.colorbar(shown)
+        plt.close(figure)
+        names = [address.replace("transformer_blocks.0.", "") for address in found["addresses"]]
+        figure, panels = plt.subplots(1, 2, figsize=(13, 0.28 * len(names) + 2), sharey=True)
+        for panel, (measure, title) in zip(panels, PANELS.items(), strict=True):
+            extent = (0.5, len(found[measure][0]) + 0.5, len(names) - 0.5, -0.5)
+            figure.colorbar(panel.imshow(found[measure], aspect="auto", cmap="magma", extent=extent), ax=panel)
+            panel.set(xlabel="call", title=title)
+        panels[0].set_yticks(range(len(names)), names, fontsize="x-small")
     elif name == "single":
         axes.semilogy(range(1, len(found["damage"]) + 1), np.mean(found["damage"], axis=1), "o-")
         axes.set(xlabel="the call that reuses its maps", ylabel="mean squared error of the image")
@@ -179,6 +230,11 @@ def draw(name: str, found: dict[str, Any], path: Path) -> bool:
         axes.errorbar(calls, np.mean(values, axis=1), np.std(values, axis=1), fmt="o-")
         axes.axhline(0, color="0.5")
         axes.set(xlabel="call that is perturbed", ylabel="growth exponent per call")
+    elif name == "precision":
+        for dtype, (value, size) in found["rows"].items():
+            axes.plot(size, value, "o", label=dtype)
+        axes.set(xlabel="cache, MiB an image", ylabel="PSNR to the image with a float32 cache, dB")
+        axes.legend()
     elif name == "heuristic":
         axes.hist(found["random"], bins=30, color="0.7", label="random plans")
         for i, (policy, value) in enumerate(found["named"].items()):
@@ -200,29 +256,71 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts-file", type=Path, help="default: the shipped evaluation prompts")
     parser.add_argument("--prompts", type=int, default=40, help="for the evaluations; other stages take fewer")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=7, help="of timed runs")
     parser.add_argument("--draws", type=int, default=200, help="random plans")
-    parser.add_argument("--search-budget", default="8min", help="for each search of the layer-wise stage")
+    parser.add_argument("--calibration-file", type=Path, help="for the searches; default: the shipped prompts")
+    parser.add_argument("--layerwise-budget", default="18min", help="for the layer-wise search")
+    parser.add_argument("--search-budget", default="5min", help="for each of the searches it is compared with")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
     args = parser.parse_args(argv)
     command = shlex.join(["python", "scripts/reproduce.py", *(sys.argv[1:] if argv is None else argv)])
+    if args.model is not None and args.prompts_file is None:
+        raise ValueError("--model needs --prompts-file with prompts it can paint")
+    args.calibration_file = args.calibration_file or shipped_model() / "prompts" / "calibration.txt"
 
-    args.out.mkdir(parents=True, exist_ok=True)
     prompts = read_lines(args.prompts_file or shipped_model() / "prompts" / "evaluation.txt")
-    study = Study(minireuse.load(args.model), prompts, plans_of(args.model), args.steps)
+    pipe, plans = minireuse.load(args.model), plans_of(args.model)
+    settings = {
+        "model": pipe.fingerprint,
+        "steps": args.steps,
+        "prompts": prompts[: args.prompts],
+        "draws": args.draws,
+        "rounds": args.rounds,
+        "budgets": [args.layerwise_budget, args.search_budget],
+        "plans": [[str(p), p.model, p.plan.to_json()] for p in plans],
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    journal = Journal(args.out / "journal.jsonl", settings)
+    study = Study(pipe, prompts, plans, args.steps, {} if args.model else families(prompts), journal)
+    missing = [kind for kind in KINDS if not study.searched(kind)]
+    if missing and any(name in NEED_PLANS for name in args.stages):
+        raise ValueError(
+            f"no plan was searched for this model, ddim, {args.steps} steps, half of them reused, and kind "
+            f"{missing[0]}; search it with python -m minireuse.search, or leave out the stages {', '.join(NEED_PLANS)}"
+        )
     lines = ["# The method's claims on this model", "", f"`{command}`", ""]
+    lines += [
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {pipe.device}, model {pipe.fingerprint}",
+        "",
+    ]
     for name in args.stages:
         title, stage = STAGES[name]
-        path = args.out / f"{name}.json"
-        if not path.exists():
-            write_whole([path], json.dumps(stage(args, study), indent=1).encode())
-        found = json.loads(path.read_text(encoding="utf-8"))
-        lines += [f"## {title}: {found['verdict']}", "", found["text"], ""]
-        if draw(name, found, args.out / f"{name}.png"):
-            lines += [f"![{title}]({name}.png)", ""]
-        write_whole([args.out / "report.md"], "\n".join(lines).encode(), overwrite=True)
+        found = study.known(f"stage/{name}", lambda stage=stage: json.loads(json.dumps(stage(args, study))))
         print(f"{title}: {found['verdict']}\n  {found['text']}", flush=True)
+        finished = {n: study.journal.records[f"stage/{n}"] for n in STAGES if f"stage/{n}" in study.journal.records}
+        told = itertools.chain(*(section(args.out, n, result) for n, result in finished.items()))
+        write_whole([args.out / "report.md"], "\n".join([*lines, *told]).encode(), overwrite=True)
+        write_whole([args.out / "results.json"], json.dumps(finished, indent=1).encode(), overwrite=True)
+
+
+def section(out: Path, name: str, found: dict[str, Any]) -> list[str]:
+    """A stage's part of the report; draws its plot."""
+    title = STAGES[name][0]
+    plot = [f"![{title}]({name}.png)", ""] if draw(name, found, out / f"{name}.png") else []
+    return [f"## {title}: {found['verdict']}", "", found["text"], "", *plot]
+
+
+def families(prompts: Sequence[str]) -> dict[str, list[str]]:
+    """Prompts of the shipped model's world that differ from the searched ones in kind."""
+    scenes = [scene for scene in map(parse_caption, prompts) if scene is not None]
+    rng = np.random.default_rng(0)
+    return {
+        "one object": [caption(scene) for scene in scenes if len(scene.objects) == 1],
+        "two objects": [caption(scene) for scene in scenes if len(scene.objects) == 2],
+        "free wording": [vary_caption(scene, rng) for scene in scenes],
+    }
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main, "interrupted; the same command goes on from the journal"))

@@ -76,7 +76,7 @@ def test_the_report(unet: UNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert f"| full / diffusers | {bench.ratio(found['runs'], 'full', 'diffusers')} |" in told
     assert set(results["curves"]) == {"latents' side", "batch", "reuse calls of 20"}
     assert (tmp_path / "out" / "bench.png").stat().st_size > 5000
-    with pytest.raises(SystemExit, match="name a new folder"):
+    with pytest.raises(ValueError, match="name a new folder"):
         bench.main(["--rounds", "1", "--device", "cpu", "--out", str(tmp_path / "out")])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import minireuse
+from minireuse.policies import interval, select
 
 import claims
 import reproduce
@@ -55,24 +57,52 @@ def test_perturbations_are_followed_to_the_end(study: Study) -> None:
 def test_single_reuse_damages_every_call_alike_often(study: Study) -> None:
     found = claims.single(study, count=2)
     assert np.shape(found["damage"]) == (4, 2)
-    full = study.pipe.generate(PROMPTS[:2], seeds=[0, 1], steps=5).images.astype(float)
+    full = study.pipe.generate(PROMPTS[:2], seeds=[1000, 1001], steps=5).images.astype(float)
     plan = minireuse.reuse.ReusePlan.stepwise(np.arange(5) == 3, study.maps)
-    changed = study.pipe.generate(PROMPTS[:2], seeds=[0, 1], steps=5, plan=plan).images
+    changed = study.pipe.generate(PROMPTS[:2], seeds=[1000, 1001], steps=5, plan=plan).images
     np.testing.assert_allclose(found["damage"][2], np.square(changed - full).mean(axis=(1, 2, 3)))
 
 
-def test_report_states_every_claim_and_goes_on(model_folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def given(model_folder: Path, tmp_path: Path, pipeline: minireuse.Pipeline) -> list[str]:
+    """The tiny model with plans that look searched, and prompts."""
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    (model / "plans").mkdir()
+    for kind in reproduce.KINDS:
+        plan = interval(4, select(pipeline.sites, kind=kind), k=2)
+        about = {"about": {"model": pipeline.fingerprint, "sampler": "ddim"}}
+        (model / "plans" / f"{kind}.json").write_text(json.dumps(json.loads(plan.to_json()) | about))
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 3))
-    given = ["--model", str(model_folder), "--prompts-file", str(tmp_path / "prompts.txt"), "--steps", "4"]
-    few = ["--prompts", "2", "--draws", "3", "--out", str(tmp_path / "out")]
-    reproduce.main([*given, *few, "--stages", "redundancy", "precision"])
-    kept = (tmp_path / "out" / "precision.json").read_bytes()
-    reproduce.main([*given, *few, "--stages", "redundancy", "single", "growth", "precision", "chain", "tensors"])
-    assert (tmp_path / "out" / "precision.json").read_bytes() == kept
+    files = ["--prompts-file", str(tmp_path / "prompts.txt"), "--calibration-file", str(tmp_path / "prompts.txt")]
+    few = ["--prompts", "2", "--draws", "3", "--steps", "4", "--rounds", "1", "--out", str(tmp_path / "out")]
+    few += ["--layerwise-budget", "250", "--search-budget", "20"]  # U-Net calls
+    return ["--model", str(model), *files, *few]
+
+
+def test_every_claim_gets_its_verdict_and_its_figures(given: list[str], tmp_path: Path) -> None:
+    reproduce.main([*given, "--stages", *reproduce.STAGES])
     report = (tmp_path / "out" / "report.md").read_text()
-    for title in ("1. ", "2. ", "3. ", "5. ", "7. ", "8. "):
-        assert f"## {title}" in report
-    assert "![1. Maps of neighbouring calls are redundant](redundancy.png)" in report
-    assert (tmp_path / "out" / "redundancy.png").exists()
-    verdicts = {json.loads(p.read_text()).get("verdict") for p in (tmp_path / "out").glob("*.json")}
-    assert verdicts <= {"holds", "does not hold", "unclear", "measured"}
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(found) == list(reproduce.STAGES)
+    assert {result["verdict"] for result in found.values()} <= {"holds", "does not hold", "unclear", "measured"}
+    for name, (title, _) in reproduce.STAGES.items():
+        assert f"## {title}: {found[name]['verdict']}\n\n{found[name]['text']}\n" in report
+    for plot in ("redundancy", "single", "growth", "heuristic", "precision"):
+        assert f"({plot}.png)" in report
+        assert (tmp_path / "out" / f"{plot}.png").stat().st_size > 5000
+
+
+def test_a_finished_stage_is_not_done_again(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reproduce.main([*given, "--stages", "precision"])
+    monkeypatch.setattr(claims, "precision", None)
+    reproduce.main([*given, "--stages", "single", "precision"])
+    assert list(json.loads((tmp_path / "out" / "results.json").read_text())) == ["single", "precision"]
+    with pytest.raises(ValueError, match="the journal of other work"):
+        reproduce.main([*given, "--draws", "4", "--stages", "precision"])
+
+
+def test_without_searched_plans_no_claim_is_made_about_them(given: list[str], tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "model" / "plans")
+    with pytest.raises(ValueError, match="no plan was searched for this model, ddim, 4 steps"):
+        reproduce.main([*given, "--stages", "chain"])
