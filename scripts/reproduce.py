@@ -158,8 +158,8 @@ def together(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     gain = ours - np.array(rows[rival]["psnr"])
     low, high = interval(gain)
     text = (
-        f"{short} steps with deep reuse take {time:.2f} of the time of {args.steps} and are {ours.mean():.1f} dB from their "
-        f"image; {rival} takes {taken[rival]:.2f}: {gain.mean():+.1f} dB [{low:+.1f}, {high:+.1f}] for reuse"
+        f"{short} steps with deep reuse take {time:.2f} of the time of {args.steps} and are {ours.mean():.1f} dB from "
+        f"their image; {rival} takes {taken[rival]:.2f}: {gain.mean():+.1f} dB [{low:+.1f}, {high:+.1f}] for reuse"
     )
     return {"verdict": verdict(low > 0, high < 0), "text": text}
 
