@@ -21,7 +21,7 @@ from trainer import EMA
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": "0.30.0",
-    "_guidance_scale": 3.0,  # what it is best sampled at (scripts/verify.py); read by minireuse
+    "_guidance_scale": 2.0,  # what it is best sampled at (scripts/verify.py); read by minireuse
     "feature_extractor": [None, None],
     "image_encoder": [None, None],
     "requires_safety_checker": False,

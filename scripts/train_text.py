@@ -2,8 +2,9 @@
 
 Stable Diffusion's text encoder comes trained, by CLIP. Trained from nothing along with the U-Net, one learns last which
 colour belongs to which shape: the pictures showed two objects in the right places with their colours and shapes mixed.
-So it first answers questions about captions. A reader (thrown away afterwards) asks for each place of a scene what
-stands there, by a single layer of cross-attention over the token states: just as the U-Net will ask.
+So it first answers questions about captions. A reader asks for each place of a scene what stands there, by a single
+layer of cross-attention over the token states: just as the U-Net will ask. It goes on asking while the U-Net is trained
+(train_unet.py): what the U-Net does not use yet would be forgotten, which object stands left and which right first.
 """
 
 from __future__ import annotations
@@ -52,10 +53,9 @@ class Reader(nn.Module):
 class Reading(nn.Module):
     """What is trained together."""
 
-    def __init__(self, text: TextEncoder, width: int) -> None:
+    def __init__(self, text: TextEncoder, reader: Reader) -> None:
         super().__init__()
-        self.text = text
-        self.reader = Reader(width)
+        self.text, self.reader = text, reader
 
 
 def right_answers(scene: Scene) -> dict[str, list[int]]:
@@ -74,21 +74,35 @@ def right_answers(scene: Scene) -> dict[str, list[int]]:
     return found
 
 
+def reading_losses(reader: Reader, context: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
+    """How wrong the reader is, question by question; 0 of no scenes. Shapes: context (B, M, D), of captions of them."""
+    answers = [right_answers(scene) for scene in scenes]
+    losses = {}
+    for name, given in reader(context).items():
+        right = torch.tensor([a[name] for a in answers], dtype=torch.long, device=context.device).flatten()
+        total = F.cross_entropy(given.flatten(0, 1), right, ignore_index=IGNORED, reduction="sum")
+        losses[name] = total / max(1, int((right != IGNORED).sum()))
+    return losses
+
+
 def train_text(
-    text: TextEncoder, folder: Path, scenes: list[Scene], steps: int, batch: int, lr: float, device: str
+    text: TextEncoder,
+    reader: Reader,
+    folder: Path,
+    scenes: list[Scene],
+    steps: int,
+    batch: int,
+    lr: float,
+    device: str,
 ) -> None:
-    """Train the encoder in place; resumes like any stage of the training."""
-    model = Reading(text, text.model.config.hidden_size).to(device)
+    """Train the encoder and its reader in place; resumes like any stage of the training."""
+    both = Reading(text, reader).to(device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([3, step])
         shown = [scenes[i] for i in rng.choice(len(scenes), min(batch, len(scenes)), replace=False)]
-        context = model.text(model.text.tokenize([vary_caption(scene, rng) for scene in shown]).to(device))
-        answers = [right_answers(scene) for scene in shown]
-        terms: dict[str, Tensor] = {}
-        for name, given in model.reader(context).items():
-            right = torch.tensor([a[name] for a in answers], device=device)
-            terms[name] = F.cross_entropy(given.flatten(0, 1), right.flatten(), ignore_index=IGNORED)
-        return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+        context = text(text.tokenize([vary_caption(scene, rng) for scene in shown]).to(device))
+        losses = reading_losses(reader, context, shown)
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
-    train("text", folder, model, loss_at, steps=steps, peak_lr=lr, ema_decay=0.99)
+    train("text", folder, both, loss_at, steps=steps, peak_lr=lr, ema_decay=0.99)

@@ -4,7 +4,8 @@ First the text encoder on captions alone (train_text.py). Then both on scenes at
 quarter and colours, places and rough shapes are learned; then in turn on windows around single objects, just as cheap,
 on half scenes that hold two, where it shows which shape goes where, and on whole scenes. v-prediction (arXiv
 2202.00512) on a schedule that ends in almost pure noise, without loss weights: with noise prediction on SD's own
-schedule this small model paints the right shapes on the wrong backgrounds.
+schedule this small model paints the right shapes on the wrong backgrounds. All the while the text encoder is asked what
+the captions say.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from minireuse.vae import VAE
 from data import pictures, scene_at
 from make_tokenizer import make_tokenizer
 from pack import unpack
-from train_text import train_text
+from train_text import Reader, reading_losses, train_text
 from train_vae import CONFIG as VAE_CONFIG
 from train_vae import save_grid, to_tensor
 from trainer import EMA, train
@@ -55,9 +56,11 @@ SCHEDULE_CONFIG = ScheduleConfig(
     offset=0,
     last_alpha_one=True,
 )
-# The distribution of training timesteps, as quantiles: most are from the middle of the schedule, where shapes are
-# decided. Above it only places and colours are, below it nothing but texture.
+# The distribution of training timesteps, as quantiles. Most are from the middle of the schedule, where shapes are
+# decided; below it is nothing but texture. Scenes at half their size are for what is decided above it: what is where.
 TIMESTEPS = ((0.0, 0.075, 0.9, 1.0), (0, 150, 700, 1000))
+HALF_TIMESTEPS = ((0.0, 0.05, 0.25, 1.0), (0, 300, 600, 1000))
+READING = 0.03  # the weight of the reader's questions
 VIEWS = ("half", "close", "whole", "row", "column")
 CYCLE = ("close", "row", "whole", "close", "column", "whole")  # of the last stage
 BANDS = {"row": ("left of", "right of"), "column": ("above", "below")}  # which relations of two objects they show
@@ -87,6 +90,7 @@ class Model(nn.Module):
         super().__init__()
         self.unet = UNet(UNET_CONFIG).to(memory_format=torch.channels_last)
         self.text = TextEncoder(text_config(tokenizer), tokenizer)
+        self.reader = Reader(UNET_CONFIG.cross_attention_dim)
 
 
 def trained_vae(folder: Path) -> VAE:
@@ -226,9 +230,9 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     model = Model(tokenizer)
     if args.start is not None:
-        model.load_state_dict(unpack(args.start), strict=False)  # buffers are not trained
+        model.load_state_dict(unpack(args.start), strict=False)  # buffers are not packed
     text_steps = args.text_steps if args.text_steps is not None else 0 if args.start else 600
-    train_text(model.text, args.out, scenes, text_steps, 4 * args.batch, args.lr, args.device)
+    train_text(model.text, model.reader, args.out, scenes, text_steps, 4 * args.batch, args.lr, args.device)
     model.to(args.device)
 
     def loss_at(step: int, view: str) -> dict[str, Tensor]:
@@ -244,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
         prompts = ["" if rng.random() < DROP_TEXT else vary_caption(scene, rng) for scene in shown]
         # One timestep from each of `batch` equal parts of the distribution: the same mean with less variance.
         parts = (np.arange(batch) + rng.random(batch)) / batch
-        t = torch.from_numpy(np.interp(parts, *TIMESTEPS).astype(np.int64))
+        t = torch.from_numpy(np.interp(parts, *(HALF_TIMESTEPS if view == "half" else TIMESTEPS)).astype(np.int64))
         alpha = alphas_cumprod[t].sqrt().float()[:, None, None, None]
         sigma = (1 - alphas_cumprod[t]).sqrt().float()[:, None, None, None]
         noise = torch.randn(x_0.shape, generator=generator)
@@ -252,7 +256,11 @@ def main(argv: list[str] | None = None) -> None:
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
             context = model.text(model.text.tokenize(prompts).to(args.device))
             v = model.unet(x.to(args.device).contiguous(memory_format=torch.channels_last), t.to(args.device), context)
-        return {"loss": F.mse_loss(v.float(), target.to(args.device))}
+        denoising = F.mse_loss(v.float(), target.to(args.device))
+        told = [i for i, prompt in enumerate(prompts) if prompt]
+        losses = reading_losses(model.reader, context[told].float(), [shown[i] for i in told])
+        reading = torch.stack(list(losses.values())).sum()
+        return {"loss": denoising + READING * reading, "denoising": denoising, "reading": reading}
 
     def report(name: str, step: int, side: int) -> dict[str, float]:
         if not args.samples:

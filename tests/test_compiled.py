@@ -20,10 +20,10 @@ from conftest import randomise
 
 CALLS = 6
 SMALLEST = UNetConfig(
-    block_out_channels=(16, 16),
-    attention=(True, False),
+    block_out_channels=(16,),
+    attention=(True,),
     layers_per_block=1,
-    heads=(2, 2),
+    heads=(2,),
     cross_attention_dim=16,
     norm_groups=8,
     sample_size=8,

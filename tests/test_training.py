@@ -161,7 +161,8 @@ def test_a_text_encoder_learns_from_captions_alone(tmp_path: Path) -> None:
     text = TextEncoder(train_unet.text_config(tokenizer), tokenizer)
     before = text.encode(["a red star"])
     scenes = [scene_at(0, i) for i in range(4)]
-    train_text.train_text(text, tmp_path, scenes, steps=60, batch=4, lr=1e-3, device="cpu")
+    reader = train_text.Reader(text.model.config.hidden_size)
+    train_text.train_text(text, reader, tmp_path, scenes, steps=60, batch=4, lr=1e-3, device="cpu")
     assert not torch.equal(text.encode(["a red star"]), before)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "text.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
