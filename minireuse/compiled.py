@@ -77,7 +77,9 @@ class CompiledUNet:
         parts = [_parts(entry) for entry in read.values()]
         time = torch.full((1,), float(t), device=x.device)
         same = replace(step, last=frozenset())  # what is forgotten afterwards makes no other graph
-        stored = tuple((entry.dtype, entry.guided, _layout(*_parts(entry))) for entry in read.values())
+        stored = tuple(
+            (entry.dtype, entry.guided, _layout(*held)) for entry, held in zip(read.values(), parts, strict=True)
+        )
         key = (same, stored, _layout(x, *next(iter(context.kv.values()))), cache.dtype, cache.device)
         try:
             if key not in self.graphs:

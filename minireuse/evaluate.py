@@ -10,10 +10,11 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ from minireuse.reuse import ReuseCache, ReusePlan
 from minireuse.samplers import SAMPLERS
 
 DEFAULT = ("hurry", "phast", "phast:kind=out", "phast:kind=deep", "interval", "deepcache", "tgate", "pab")
+SEED = 1000  # of the first prompt; searches use those from 0
+T = TypeVar("T")
 FEWER = (0.75, 0.65, 0.5)  # of the steps, for the plain sampler
 
 
@@ -62,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add_guidance_option(p)
     p.add_argument("--prompts-file", type=Path, help="one per line; default: the shipped model's evaluation prompts")
     p.add_argument("--prompts", type=int, default=40, metavar="N", help="how many of them; prompt i takes seed i")
-    p.add_argument("--seed", type=int, default=1000, help="seed of the first prompt; searches use those from 0")
+    p.add_argument("--seed", type=int, default=SEED, help="seed of the first prompt; searches use those from 0")
     p.add_argument("--batch-size", type=int, default=4, metavar="N", help="prompts rendered together")
     p.add_argument("--rounds", type=int, default=7, help="timed runs of each policy, in turn; 0 is none")
     p.add_argument("--equal-latency", action="store_true", help="add the plain sampler of equal time for each policy")
@@ -168,17 +171,7 @@ def measure(
 
     By row: seconds, seconds_total, seconds_explicit (every attention map written out), each a list over rounds.
     """
-    warm = False
-    for i in tqdm(range(args.rounds), desc="time", disable=args.quiet):
-        if f"round {i}" in journal.records:
-            continue
-        if not warm:
-            time_round(args, pipeline, rows, prompt)
-            warm = True
-        # Each round in an order of its own, so that no row always runs after the same one.
-        shuffled = [rows[j] for j in np.random.default_rng(i).permutation(len(rows))]
-        journal.add(f"round {i}", time_round(args, pipeline, shuffled, prompt))
-    measured = [journal.records[f"round {i}"] for i in range(args.rounds)]
+    measured = timed_rounds(journal, args.rounds, rows, partial(time_round, args, pipeline, prompt), args.quiet)
     kinds = ("seconds", "seconds_total", "seconds_explicit")
     return {
         row.name: {kind: [found[row.name][kind] for found in measured] for kind in kinds}
@@ -187,8 +180,31 @@ def measure(
     }
 
 
+def timed_rounds(
+    journal: Journal,
+    rounds: int,
+    rows: Sequence[T],
+    time_all: Callable[[Sequence[T]], dict[str, Any]],
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """What `time_all` finds of the rows in each round: known from the journal, or timed now, once warmed up.
+
+    Each round has an order of its own, so that no row always runs after the same one.
+    """
+    warm = False
+    for i in tqdm(range(rounds), desc="time", disable=quiet):
+        if f"round {i}" in journal.records:
+            continue
+        if not warm:
+            time_all(rows)
+            warm = True
+        order = np.random.default_rng(i).permutation(len(rows))
+        journal.add(f"round {i}", time_all([rows[j] for j in order]))
+    return [journal.records[f"round {i}"] for i in range(rounds)]
+
+
 def time_round(
-    args: argparse.Namespace, pipeline: Pipeline, rows: Sequence[Row], prompt: str
+    args: argparse.Namespace, pipeline: Pipeline, prompt: str, rows: Sequence[Row]
 ) -> dict[str, dict[str, float]]:
     """Seconds of each row, once."""
     found: dict[str, dict[str, float]] = {row.name: {} for row in rows}

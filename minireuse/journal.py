@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ class Journal:
         self.records[key] = value
         if self._path is not None:
             self._append({"key": key, "value": value})
+
+    def known(self, key: str, work: Callable[[], Any]) -> Any:
+        """The result under a key; where there is none the work is done now, and remembered."""
+        if key not in self.records:
+            self.add(key, work())
+        return self.records[key]
 
     def _append(self, record: dict[str, Any]) -> None:
         assert self._path is not None

@@ -52,6 +52,11 @@ def summarise(results: dict[str, Any], against: str) -> dict[str, dict[str, Any]
     return summary
 
 
+def fraction(row: dict[str, Any], full: dict[str, Any]) -> float:
+    """What a row takes of another one's time: the median of the ratios, round by round."""
+    return float(np.median(np.divide(row["seconds"], full["seconds"])))
+
+
 def table(summary: dict[str, dict[str, Any]]) -> str:
     """The summary as Markdown."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {

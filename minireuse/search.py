@@ -226,8 +226,8 @@ def approach(
 
 def known_costs(journal: Journal, pipeline: Pipeline, groups: Sequence[Sequence[Site]], ranks: Ranks) -> Costs:
     """Costs as the journal has them, or measured now by one process: a resumed search must go by the same ones."""
-    if ranks.first and "costs" not in journal.records:
-        journal.add("costs", measure(pipeline, groups).to_json())
+    if ranks.first:
+        journal.known("costs", lambda: measure(pipeline, groups).to_json())
     return Costs.from_json(ranks.gather(journal.records.get("costs"))[0], pipeline.sites)
 
 

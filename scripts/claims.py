@@ -10,7 +10,7 @@ import itertools
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import minireuse
+from minireuse.evaluate import SEED
 from minireuse.journal import Journal
 from minireuse.maps import Watcher
 from minireuse.metrics import fidelity
@@ -30,8 +31,6 @@ from minireuse.policies import random as at_random
 from minireuse.render import Renderer
 from minireuse.reuse import ReuseCache, ReusePlan, Site, StepPlan
 from minireuse.searched import Searched
-
-SEED = 1000  # of the first prompt, as in `minireuse.evaluate`; searches use those from 0
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,6 @@ class Study:
         settings = {"steps": self.steps} | settings
         chosen = (self.prompts if prompts is None else prompts)[:count]
         return Renderer(self.pipe, chosen, [SEED + i for i in range(len(chosen))], **settings)
-
-    def known(self, key: str, work: Callable[[], Any]) -> Any:
-        """What the journal has under a key; else the work is done, and its result kept."""
-        if key not in self.journal.records:
-            self.journal.add(key, work())
-        return self.journal.records[key]
 
     def searched(self, kind: str) -> list[Searched]:
         """The plans that a search found for this very model, DDIM, these steps, and half of the calls reused."""
@@ -182,9 +175,8 @@ def growth(study: Study, count: int = 8, size: float = 1e-3) -> dict[str, Any]:
         return states
 
     calls = list(range(0, study.steps - 1, max(1, study.steps // 10)))
-    alphas = [
-        study.pipe.schedule.alpha(t) for t in study.pipe.timesteps(study.steps)[1:]
-    ]  # after each call but the last
+    # After each call but the last.
+    alphas = [study.pipe.schedule.alpha(t) for t in study.pipe.timesteps(study.steps)[1:]]
     exponents: dict[int, list[float]] = {call: [] for call in calls}
     for i, prompt in enumerate(tqdm(study.prompts[:count], desc="growth")):
         plain = trajectory(prompt, SEED + i, Perturber(-1, size, i))
@@ -215,7 +207,7 @@ def heuristic(study: Study, count: int = 4, draws: int = 200) -> dict[str, Any]:
         render = study.renderer(count, steps=steps)
         reference = render(ReusePlan.nothing(steps))
         return {
-            name: study.known(f"heuristic/{plan}", lambda plan=plan: fidelity(render(plan), reference).tolist())
+            name: study.journal.known(f"heuristic/{plan}", lambda plan=plan: fidelity(render(plan), reference).tolist())
             for name, plan in tqdm(plans.items(), desc=f"plans of {steps} steps")
         }
 
@@ -273,7 +265,7 @@ def generalisation(study: Study, count: int = 8) -> dict[str, Any]:
             ours, simple = (fidelity(render(plan), reference) for plan in plans)
             return list((ours - simple).tolist())
 
-        gains[f"{kind}, {name}"] = study.known(f"generalisation/{kind}, {name}", gain)
+        gains[f"{kind}, {name}"] = study.journal.known(f"generalisation/{kind}, {name}", gain)
     ends = {name: spread(values) for name, values in gains.items()}
     text = "PHAST over HURRY, dB: " + ", ".join(
         f"{name} {np.mean(gains[name]):+.1f} [{low:+.1f}, {high:+.1f}]" for name, (low, high) in ends.items()

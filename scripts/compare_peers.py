@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ from tqdm import tqdm
 
 import minireuse
 from minireuse.command import exit_status
-from minireuse.evaluate import picture, save_pictures
+from minireuse.evaluate import SEED, picture, save_pictures, timed_rounds
 from minireuse.files import read_lines, shipped_model, write_whole
 from minireuse.journal import Journal
 from minireuse.metrics import fidelity, interval, ssim
 from minireuse.policies import RELATIVES, build, policies_for
-from minireuse.report import summarise, write_report
+from minireuse.report import fraction, summarise, write_report
 from minireuse.reuse import ReuseCache, ReusePlan
 
 OURS = (
@@ -46,7 +47,6 @@ OURS = (
     "steps:14+phast:kind=deep",
 )
 LATENCIES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the full sampler's time
-SEED = 1000  # of the first prompt; searches use those from 0
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,13 @@ def peers(ours: minireuse.Pipeline, folder: Path, steps: int) -> dict[str, Runne
     return made | {"DeepCache, interval 2, with ToMe, ratio 0.5": runner(both)}
 
 
-def time_round(runners: dict[str, Runner], prompt: str, latents: Tensor, number: int) -> dict[str, float]:
-    """Seconds of one image from its prompt to its pixels, each runner once, in an order of this round's own."""
-    seconds, names = {}, list(runners)
-    for i in np.random.default_rng(number).permutation(len(names)):
+def time_round(runners: dict[str, Runner], prompt: str, latents: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Seconds of one image from its prompt to its pixels, each of these runners once."""
+    seconds = {}
+    for name in names:
         began = time.perf_counter()
-        runners[names[i]].sample([prompt], latents)
-        seconds[names[i]] = time.perf_counter() - began
+        runners[name].sample([prompt], latents)
+        seconds[name] = time.perf_counter() - began
     return seconds
 
 
@@ -134,7 +134,7 @@ def is_own(name: str) -> bool:
 
 def gaps(rows: dict[str, dict[str, Any]], own: Sequence[str]) -> str:
     """At each latency the best of our plans that is as fast, and the best of all others: packages, and fewer steps."""
-    times = {n: np.median(np.divide(row["seconds"], rows[row["full"]]["seconds"])) for n, row in rows.items()}
+    times = {name: fraction(row, rows[row["full"]]) for name, row in rows.items()}
     lines = ["| within | ours | dB | best other | dB | gap, dB [95 %] |", "|---|---|---|---|---|---|"]
     for latency in LATENCIES:
         fast = [name for name, time in times.items() if time <= latency]
@@ -202,19 +202,13 @@ def main(argv: list[str] | None = None) -> None:
         about = {"plan": grid, "calls": runner.calls, "reused": reused, "full": runner.full, "note": runner.note}
         rows[name] = about | {"psnr": [], "ssim": [], "follows": [None], "seconds": []}
     for start in tqdm(range(0, len(prompts), args.batch_size), desc="render"):
-        if f"render {start}" not in journal.records:
-            journal.add(f"render {start}", render(args.out, runners, prompts, start, args.batch_size, pipe))
-        for name, found in journal.records[f"render {start}"].items():
+        work = partial(render, args.out, runners, prompts, start, args.batch_size, pipe)
+        for name, found in journal.known(f"render {start}", work).items():
             rows[name]["psnr"] += found["psnr"]
             rows[name]["ssim"] += found["ssim"]
-    warm = False
-    for i in tqdm(range(args.rounds), desc="time"):
-        if f"round {i}" not in journal.records:
-            if not warm:
-                time_round(runners, prompts[0], noise(pipe, [SEED]), i)
-                warm = True
-            journal.add(f"round {i}", time_round(runners, prompts[0], noise(pipe, [SEED]), i))
-        for name, seconds in journal.records[f"round {i}"].items():
+    work = partial(time_round, runners, prompts[0], noise(pipe, [SEED]))
+    for found in timed_rounds(journal, args.rounds, list(runners), work):
+        for name, seconds in found.items():
             rows[name]["seconds"].append(seconds)
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
     results = {"steps": args.steps, "prompts": prompts, "versions": versions, "rows": rows, "equal_latency": {}}

@@ -26,7 +26,7 @@ from minireuse.command import exit_status
 from minireuse.files import read_lines, shipped_model, write_whole
 from minireuse.journal import Journal
 from minireuse.metrics import fidelity, interval
-from minireuse.report import summarise
+from minireuse.report import fraction, summarise
 from minireuse.searched import plans_of
 
 import claims
@@ -67,8 +67,7 @@ def done(status: int, what: str) -> None:
 
 def times(rows: dict[str, Any], *names: str) -> str:
     """What each row takes of the full sampler's time."""
-    ratios = (np.median(np.divide(rows[name]["seconds"], rows["none"]["seconds"])) for name in names)
-    return ", ".join(f"{name} {ratio:.2f}" for name, ratio in zip(names, ratios, strict=True))
+    return ", ".join(f"{name} {fraction(rows[name], rows['none']):.2f}" for name in names)
 
 
 def chain(args: argparse.Namespace, study: Study) -> dict[str, Any]:
@@ -127,7 +126,7 @@ def layerwise(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     rows = {name: results["rows"][path] for name, path in found.items()}
     gains = {n: np.subtract(rows["layers"]["psnr"], r["psnr"]) for n, r in rows.items() if n != "layers"}
     ends = {name: interval(values) for name, values in gains.items()}
-    taken = {n: float(np.median(np.divide(r["seconds"], results["rows"]["none"]["seconds"]))) for n, r in rows.items()}
+    taken = {name: fraction(row, results["rows"]["none"]) for name, row in rows.items()}
     text = "layer-wise over step-wise, each estimated at 0.7 of the time: " + ", ".join(
         f"{n} {gains[n].mean():+.1f} dB [{low:+.1f}, {high:+.1f}]" for n, (low, high) in ends.items()
     )
@@ -151,9 +150,8 @@ def together(args: argparse.Namespace, study: Study) -> dict[str, Any]:
 
     # Against the same image as fewer steps are: the full sampler's with all steps.
     ours = fidelity(pictures("together-short", "phast:kind=deep"), pictures("together", "none"))
-    taken = {name: float(np.median(np.divide(row["seconds"], rows["none"]["seconds"]))) for name, row in rows.items()}
-    again = np.median(np.divide(reused["phast:kind=deep"]["seconds"], reused["none"]["seconds"]))
-    time = float(taken[f"steps:{short}"] * again)
+    taken = {name: fraction(row, rows["none"]) for name, row in rows.items()}
+    time = taken[f"steps:{short}"] * fraction(reused["phast:kind=deep"], reused["none"])
     rival = min((name for name in taken if taken[name] >= time), key=lambda name: taken[name])
     gain = ours - np.array(rows[rival]["psnr"])
     low, high = interval(gain)
@@ -296,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     for name in args.stages:
         title, stage = STAGES[name]
-        found = study.known(f"stage/{name}", lambda stage=stage: json.loads(json.dumps(stage(args, study))))
+        found = study.journal.known(f"stage/{name}", lambda stage=stage: json.loads(json.dumps(stage(args, study))))
         print(f"{title}: {found['verdict']}\n  {found['text']}", flush=True)
         finished = {n: study.journal.records[f"stage/{n}"] for n in STAGES if f"stage/{n}" in study.journal.records}
         told = itertools.chain(*(section(args.out, n, result) for n, result in finished.items()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 # Nothing in these tests may reach out: a missing file must fail at once instead of waiting for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +23,23 @@ import faults
 from make_tokenizer import make_tokenizer
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # each of several workers has a core of its own
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["faults"] = {kind: dict(found) for kind, found in faults.TRIED.items()}
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node: Any) -> None:
+    for kind, found in getattr(node, "workeroutput", {}).get("faults", {}).items():
+        for outcome, times in found.items():
+            faults.note(kind, outcome, times)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if faults.TRIED:
         terminalreporter.write_line("\n" + faults.table())
@@ -34,6 +52,15 @@ TINY_UNET = UNetConfig(
     attention=(True, True, False),
     layers_per_block=2,
     heads=(2, 4, 4),
+    cross_attention_dim=32,
+    norm_groups=8,
+    sample_size=8,
+)
+SMALLEST_UNET = UNetConfig(
+    block_out_channels=(16,),
+    attention=(True,),
+    layers_per_block=1,
+    heads=(2,),
     cross_attention_dim=32,
     norm_groups=8,
     sample_size=8,
@@ -61,7 +88,9 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_pipeline(folder: Path, tokenizer_folder: Path, schedule: ScheduleConfig) -> Path:
+def write_pipeline(
+    folder: Path, tokenizer_folder: Path, schedule: ScheduleConfig, unet: UNetConfig = TINY_UNET
+) -> Path:
     """A diffusers folder with a tiny random model, written by diffusers."""
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     torch.manual_seed(0)
@@ -79,7 +108,7 @@ def write_pipeline(folder: Path, tokenizer_folder: Path, schedule: ScheduleConfi
         vae=randomise(diffusers.AutoencoderKL.from_config(TINY_VAE.to_diffusers())),
         text_encoder=randomise(CLIPTextModel(text_config)),
         tokenizer=tokenizer,
-        unet=randomise(diffusers.UNet2DConditionModel.from_config(TINY_UNET.to_diffusers())),
+        unet=randomise(diffusers.UNet2DConditionModel.from_config(unet.to_diffusers())),
         scheduler=diffusers.DDIMScheduler.from_config(schedule.to_diffusers()),
         safety_checker=None,
         feature_extractor=None,
@@ -91,6 +120,11 @@ def write_pipeline(folder: Path, tokenizer_folder: Path, schedule: ScheduleConfi
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     return write_pipeline(tmp_path_factory.mktemp("model"), tokenizer_folder, ScheduleConfig())
+
+
+@pytest.fixture(scope="session")
+def smallest_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    return write_pipeline(tmp_path_factory.mktemp("smallest"), tokenizer_folder, ScheduleConfig(), SMALLEST_UNET)
 
 
 @pytest.fixture(scope="session")

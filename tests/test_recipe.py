@@ -35,7 +35,7 @@ def run(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         return status, capsys.readouterr().err
 
     def with_model(*argv: str) -> tuple[int, str]:
-        return command(*argv, *(() if "--from-png" in argv else ("--model", str(model_folder))))
+        return command(*(() if "--from-png" in argv else ("--model", str(model_folder))), *argv)
 
     return with_model
 
@@ -222,7 +222,9 @@ def test_out_of_memory_says_what_would_help(run: Run, monkeypatch: pytest.Monkey
         run("--prompt", "a star", "--steps", "4")
 
 
-def test_compiled_pictures_are_made_compiled_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_pictures_are_made_compiled_again(
+    run: Run, smallest_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[CompiledUNet] = []
 
     def quick(unet: UNet) -> CompiledUNet:
@@ -230,7 +232,7 @@ def test_compiled_pictures_are_made_compiled_again(run: Run, monkeypatch: pytest
         return made[-1]
 
     monkeypatch.setattr("minireuse.pipeline.CompiledUNet", quick)
-    options = ["--prompt", "a star", "--steps", "2", "--policy", "hurry"]
+    options = ["--model", str(smallest_folder), "--prompt", "a star", "--steps", "2", "--policy", "hurry"]
     assert run(*options, "--compile", "--out", "a.png") == (0, "")
     assert run("--from-png", "a.png", "--out", "b.png") == (0, "")
     assert run(*options, "--out", "c.png") == (0, "")
