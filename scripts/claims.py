@@ -245,7 +245,7 @@ def generalisation(study: Study, count: int = 8) -> dict[str, Any]:
         "dpm_solver_2": {"sampler": "dpm_solver_2", "steps": study.steps // 2},
         "half the steps": {"steps": study.steps // 2},
         "1.5 times the steps": {"steps": study.steps * 3 // 2},
-        "guidance 2": {"guidance_scale": 2.0},
+        "guidance 4": {"guidance_scale": 4.0},
         "guidance 7.5": {"guidance_scale": 7.5},
         **{name: {"prompts": prompts} for name, prompts in study.families.items()},
     }
