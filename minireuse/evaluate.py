@@ -31,7 +31,7 @@ from minireuse.pipeline import Pipeline
 from minireuse.policies import build, policies_for, takes_count
 from minireuse.ranks import Ranks, shared_status
 from minireuse.render import Renderer
-from minireuse.report import FULL, summarise, write_report
+from minireuse.report import FULL, KERNELS, summarise, write_report
 from minireuse.reuse import ReuseCache, ReusePlan
 from minireuse.samplers import SAMPLERS
 
@@ -112,8 +112,9 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
 
     # Time first, by one process alone: which plain sampler takes equally long decides what is rendered.
     timings = ranks.gather(measure(args, pipeline, rows, prompts[0], journal) if ranks.first else None)[0]
-    twins = equals(rows, timings) if args.equal_latency else {}
-    rendered = [row for row in rows if row.name in {*twins.values(), FULL, *args.policies}]
+    twins = {kernel: equals(rows, timings, kernel) for kernel in KERNELS} if args.equal_latency else {}
+    wanted = {FULL, args.against, *args.policies, *(twin for pairs in twins.values() for twin in pairs.values())}
+    rendered = [row for row in rows if row.name in wanted]
     scores = judge(args, pipeline, rendered, prompts, follow, journal, ranks)
     if ranks.first:
         pictures = {row.name: picture(args.out, row.name, 0).parent for row in rendered}
@@ -145,7 +146,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
 def make_rows(args: argparse.Namespace, pipeline: Pipeline) -> list[Row]:
     """The full sampler, what --policies names and, for --equal-latency, the plain sampler with every step count."""
     calls = pipeline.calls(args.sampler, args.steps)
-    policies = policies_for(" ".join(args.policies), args.model, args.sampler, lambda: pipeline.fingerprint)
+    policies = policies_for("|".join(args.policies), args.model, args.sampler, lambda: pipeline.fingerprint)
     rows = {FULL: Row(FULL, args.steps, ReusePlan.nothing(calls))}
     fewer = [f"steps:{n}" for n in range(2, args.steps)] if args.equal_latency else []
     for text in dict.fromkeys([*args.policies, *fewer]):
@@ -229,9 +230,9 @@ def time_round(
     return found
 
 
-def equals(rows: Sequence[Row], timings: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """For each policy the plain sampler whose time is nearest to its own."""
-    seconds = {row.name: float(np.median(timings[row.name]["seconds"])) for row in rows}
+def equals(rows: Sequence[Row], timings: dict[str, dict[str, Any]], kernel: str) -> dict[str, str]:
+    """For each policy the plain sampler whose time is nearest to its own, both with this kernel."""
+    seconds = {row.name: float(np.median(timings[row.name][kernel])) for row in rows}
     plain = [name for name in seconds if name == FULL or name.startswith("steps:")]
     return {
         row.name: min(plain, key=lambda name: abs(seconds[name] - seconds[row.name]))

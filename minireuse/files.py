@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -26,13 +27,24 @@ def write_whole(targets: Iterable[Path], data: bytes, *, overwrite: bool = False
             if overwrite:
                 os.replace(part, target)
             else:
-                os.link(part, target)  # unlike a rename, this fails where the name is taken
+                _rename_to_free_name(part, target)
             return target
         except FileExistsError:
             continue
         finally:
             Path(part).unlink(missing_ok=True)
     raise FileExistsError("every file name to write to is taken; give another one, or allow overwriting")
+
+
+def _rename_to_free_name(part: str, target: Path) -> None:
+    """Raises: FileExistsError where the name is taken, which a rename alone would not find out."""
+    try:
+        os.link(part, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        target.touch(exist_ok=False)  # a file system without hard links: take the name first
+        os.replace(part, target)
 
 
 def _umask() -> int:

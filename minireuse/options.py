@@ -67,10 +67,8 @@ def sample_parser() -> argparse.ArgumentParser:
     policy_help = f"{', '.join(POLICIES)} (with knobs: deepcache:every=3), a plan file, or several joined by |"
     reuse.add_argument("--policy", default="none", metavar="POLICY", help=policy_help)
     reuse.add_argument("--reuse", type=int, metavar="K", help="U-Net calls that reuse; default: half of them")
-    reuse.add_argument("--sites", choices=("self", "cross", "both"), default="both", help="of which attention")
-    reuse.add_argument(
-        "--kind", choices=KINDS, default="map", help="attention maps, attention outputs, or deep features"
-    )
+    reuse.add_argument("--sites", choices=("self", "cross", "both"), help="of which attention; default: both")
+    reuse.add_argument("--kind", choices=KINDS, help="attention maps (default), attention outputs, or deep features")
     reuse.add_argument("--cache-dtype", choices=CACHE_DTYPES, default="float16")
     reuse.add_argument(
         "--cache-budget", metavar="SIZE", help="let only so many sites reuse that the cache stays below this: 512MiB"

@@ -201,6 +201,10 @@ class Pipeline:
         for name, number in (("eta", eta), ("guidance_scale", guidance_scale)):
             if not math.isfinite(number):
                 raise ValueError(f"{name} is {number}, expected a finite number")
+        if eta < 0:
+            raise ValueError(f"eta is {eta}, expected 0 for no noise, to 1 for as much as DDPM adds")
+        if eta and sampler != "ddim":
+            raise ValueError(f"eta is {eta}, but only ddim takes one; leave it out of {sampler}")
         if attention not in ATTENTIONS:
             raise ValueError(f"attention is {attention!r}, expected one of {', '.join(ATTENTIONS)}")
         timesteps = self.timesteps(steps, None if init_images is None else strength)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minireuse.reuse import PlanError, ReusePlan, Site
-from minireuse.searched import Searched, fit, nearest, plans_of
+from minireuse.reuse import KINDS, PlanError, ReusePlan, Site
+from minireuse.searched import Searched, fit, nearest, plans_of, read_plan
 
 Policy = Callable[..., ReusePlan]
 
@@ -145,7 +145,7 @@ def policies_for(
 
     Plans are read, and the fingerprint asked for, only where the expressions name `phast`: both take a while.
     """
-    if "phast" not in expressions:
+    if "phast" not in names_in(expressions):
         return POLICIES
     return POLICIES | {"phast": phast_for(plans_of(folder), sampler, fingerprint())}
 
@@ -159,6 +159,10 @@ def select(sites: Iterable[Site], which: str = "both", kind: str = "map", branch
     wanted = {"self": (False,), "cross": (True,), "both": (False, True)}
     if which not in wanted:
         raise PlanError(f"sites is {which!r}, expected self, cross or both")
+    if kind not in KINDS:
+        raise PlanError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    if kind == "deep" and which != "both":
+        raise PlanError(f"deep features belong to no attention, but those of {which} attention are asked for")
     chosen = [s for s in sites if s.kind == kind]
     if kind == "deep":
         branches = sorted(chosen, key=lambda s: s.depth or 0)
@@ -194,10 +198,20 @@ def build(
     return reduce(operator.or_, (_term(term, calls, sites, k, which, kind, policies) for term in terms))
 
 
+def names_in(expression: str) -> list[str]:
+    """The policies or plan files that an expression joins, without their knobs."""
+    return [term.strip().partition(":")[0] for term in expression.split("|")]
+
+
 def takes_count(expression: str, policies: Mapping[str, Policy] = POLICIES) -> bool:
     """Whether a policy in the expression lets the number of reuse calls be chosen."""
-    chosen = (policies.get(term.strip().partition(":")[0]) for term in expression.split("|"))
+    chosen = (policies.get(name) for name in names_in(expression))
     return any("k" in inspect.signature(policy).parameters for policy in chosen if policy is not None)
+
+
+def takes_sites(expression: str) -> bool:
+    """Whether a policy in the expression reuses the sites it is given."""
+    return not STEPWISE.keys().isdisjoint(names_in(expression))
 
 
 def _term(
@@ -214,7 +228,7 @@ def _term(
         if not Path(term).is_file():
             known = ", ".join(policies)
             raise PlanError(f"policy is {term!r}, expected one of {known}, or an existing plan file")
-        return ReusePlan.from_json(Path(term).read_text(encoding="utf-8"))
+        return read_plan(Path(term))[0]
     policy = policies[name]
     accepted = [p for p in inspect.signature(policy).parameters if p not in ("calls", "sites")]
     knobs: dict[str, float | None] = {"k": k} if "k" in accepted else {}

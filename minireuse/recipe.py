@@ -175,23 +175,25 @@ def to_png(image: np.ndarray, recipe: Recipe) -> bytes:
     return file.getvalue()
 
 
-def from_png(path: Path) -> tuple[Recipe, str]:
-    """The recipe in a PNG, and the versions it was made with. Raises: ValueError, OSError."""
+def read_image(path: Path, remedy: str, formats: list[str] | None = None) -> Image.Image:
+    """A picture from a file, wholly read. Raises: ValueError, with a remedy, for what is none; OSError."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(path, formats=formats) as image:
             image.load()  # texts may follow the pixels
-            chunks = {str(key): str(value) for key, value in image.info.items()}
+            return image
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a PNG; give one that this command wrote") from None
-    except (
-        SyntaxError,
-        ValueError,
-        OSError,
-        Image.DecompressionBombError,
-    ) as error:  # Pillow's words for broken files and texts that are too long
+        kind = "an image that Pillow can read" if formats is None else " or ".join(formats)
+        raise ValueError(f"{path} is not {kind}; {remedy}") from None
+    except (SyntaxError, ValueError, OSError, Image.DecompressionBombError) as error:  # Pillow's, for broken files
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's own
-        raise ValueError(f"{path} is a broken PNG ({error}); give one that this command wrote") from None
+        raise ValueError(f"{path} is a broken image ({error}); {remedy}") from None
+
+
+def from_png(path: Path) -> tuple[Recipe, str]:
+    """The recipe in a PNG, and the versions it was made with. Raises: ValueError, OSError."""
+    image = read_image(path, "give a PNG that this command wrote", ["PNG"])
+    chunks = {str(key): str(value) for key, value in image.info.items()}
     try:
         return Recipe.from_chunks(chunks), chunks.get("versions", "unknown versions")
     except ValueError as error:

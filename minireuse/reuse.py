@@ -32,10 +32,10 @@ class CacheError(RuntimeError):
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """One reusable tensor of the U-Net: the path of the module that makes it, and which of its tensors it is.
+    """One reusable tensor of the U-Net: the path of a module, and which of its tensors.
 
     Kinds: `map` is the probabilities after the softmax, `out` the attention's output before the residual, `deep` the
-    feature that enters a layer of the up path: where it is reused, nothing deeper in the U-Net runs.
+    feature that enters this layer of the up path: where it is reused, nothing deeper in the U-Net runs.
     """
 
     address: str

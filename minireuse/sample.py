@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,8 +27,8 @@ from minireuse.files import read_lines, write_whole
 from minireuse.maps import MapRecorder, words_of
 from minireuse.options import CACHE_DTYPES, load_model, mebibytes, sample_parser
 from minireuse.pipeline import ATTENTIONS, Pipeline, Result
-from minireuse.policies import build, policies_for, select
-from minireuse.recipe import SHIPPED, Recipe, digest_of, from_png, to_png, versions
+from minireuse.policies import build, names_in, policies_for, select, takes_sites
+from minireuse.recipe import SHIPPED, Recipe, digest_of, from_png, read_image, to_png, versions
 from minireuse.reuse import ReuseCache, ReusePlan
 from minireuse.samplers import SAMPLERS, Step
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     targets = _targets(args.out, len(wanted))
     _check(args)
     # A dry run reads no weights, but for phast, which has to know whose plan it looks for.
-    pipeline = load_model(args, "meta" if args.dry_run and "phast" not in args.policy else None)
+    pipeline = load_model(args, "meta" if args.dry_run and "phast" not in names_in(args.policy) else None)
     if again is not None and not args.dry_run and again.fingerprint != pipeline.fingerprint:
         raise ValueError(f"{args.from_png} was made by another model than {_model_name(args)}; give its with --model")
     init_image = None if args.init_image is None else _read_image(args.init_image, args, pipeline)
@@ -144,7 +144,7 @@ def paint(
         attention=args.attention,
         on_step=on_step,
         wrap=None if recorder is None else recorder.wrap,
-        watch=() if recorder is None else select(pipeline.sites, args.sites),
+        watch=() if recorder is None else select(pipeline.sites, args.sites or "both"),
     )
 
 
@@ -198,6 +198,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--save-maps looks at maps, which --compile hides inside one graph; give one of them")
     if args.dry_run and args.cache_budget is not None:
         raise ValueError("--cache-budget measures with the model's weights, --dry-run reads none; give one of them")
+    sites = args.kind or (None if args.save_maps else args.sites)  # which maps to save is asked with --sites, too
+    if sites is not None and args.from_png is None and not takes_sites(args.policy):
+        raise ValueError(f"--policy {args.policy} chooses what it reuses itself; leave out --kind and --sites")
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}, expected 1 or more")
     for name, known in (("sampler", SAMPLERS), ("cache_dtype", CACHE_DTYPES), ("attention", ATTENTIONS)):
@@ -211,8 +214,8 @@ def _plan(args: argparse.Namespace, pipeline: Pipeline, calls: int) -> ReusePlan
         calls,
         pipeline.sites,
         k=args.reuse,
-        which=args.sites,
-        kind=args.kind,
+        which=args.sites or "both",
+        kind=args.kind or "map",
         policies=policies_for(args.policy, args.model, args.sampler, lambda: pipeline.fingerprint),
     )
 
@@ -242,7 +245,7 @@ def _recipe(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan) -> Re
         model=_model_name(args),
         fingerprint=pipeline.fingerprint,
         prediction_type=pipeline.schedule.prediction_type,
-        watched="" if args.save_maps is None else args.sites,
+        watched="" if args.save_maps is None else args.sites or "both",
     )
 
 
@@ -291,23 +294,25 @@ def _targets(out: Path | None, count: int) -> Callable[[], Iterator[Path]]:
             raise ValueError(f"--out is {out}, but images are written as PNG; name a .png file or a folder")
         if count > 1:
             raise ValueError(f"--out {out} names one file for {count} images; give a folder")
+        _check_writable(out.parent)
         return lambda: itertools.chain([out], (out.with_stem(f"{out.stem}-{i}") for i in itertools.count(1)))
-    # Whether the place can be written to is found out now, not after the work.
-    above = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"--out {out} cannot be made a folder in {above}; choose another place")
+    _check_writable(out)
     numbers = itertools.count()  # shared: what was taken once is not tried again
     return lambda: (out / f"{i:05d}.png" for i in numbers)
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises: ValueError where nothing can be written to the folder, or it cannot be made: now, not after the work."""
+    above = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"--out: {above} is no folder that can be written to; choose another place")
 
 
 def _read_image(path: Path, args: argparse.Namespace, pipeline: Pipeline) -> Tensor:
     """Shapes: -> (1, 3, H, W) in -1 ... 1, resized to the size asked for, or the model's own."""
     own = pipeline.unet.config.sample_size * pipeline.vae.config.factor
-    try:
-        with Image.open(path) as image:
-            resized = image.convert("RGB").resize((args.width or own, args.height or own), Image.Resampling.LANCZOS)
-    except UnidentifiedImageError:
-        raise ValueError(f"--init-image {path} is not an image that Pillow can read; convert it to PNG") from None
+    image = read_image(path, "give --init-image a picture, as PNG, say").convert("RGB")
+    resized = image.resize((args.width or own, args.height or own), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 

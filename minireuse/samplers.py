@@ -10,7 +10,6 @@ for the device. Samplers work in variance-preserving (VP) variables throughout: 
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -284,7 +283,6 @@ def dpmpp_2s(
 SAMPLERS: dict[str, Sampler] = {
     f.__name__: f for f in (ddim, plms, dpm_solver_2, dpm_solver_3, dpmpp_2s, dpmpp_2m, dpmpp_2m_sde, euler, euler_a)
 }
-TAKES_ETA = frozenset(name for name, f in SAMPLERS.items() if "eta" in inspect.signature(f).parameters)
 
 
 def count_calls(sampler: Sampler, schedule: Schedule, timesteps: Sequence[float]) -> int:

@@ -32,6 +32,7 @@ from minireuse.ranks import Ranks, shared_status
 from minireuse.render import Renderer
 from minireuse.reuse import KINDS, ReusePlan, Site
 from minireuse.samplers import SAMPLERS
+from minireuse.searched import read_plan
 
 LEAST = 0.01  # of a plain call: groups that save less are not worth searching
 
@@ -88,7 +89,7 @@ class Job:
         """Whether the plan file holds the end of this very search."""
         if not self.out.exists():
             return False
-        about = json.loads(self.out.read_text(encoding="utf-8")).get("about", {})
+        about = read_plan(self.out)[1]
         return about.get("finished") is True and about.items() >= json.loads(json.dumps(settings)).items()
 
 
@@ -96,6 +97,9 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     """Search the plans that the arguments ask for. Raises: ValueError, OSError for bad input."""
     more = parse_budget(args.budget)
     latency = args.budget_latency
+    for name, least in (("prompts", 1), ("check", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} is {getattr(args, name)}, expected {least} or more")
     if args.layerwise and latency is None:
         raise ValueError("--layerwise chooses what fits a time; give --budget-latency, such as 0.7")
     if latency is not None and not 0 < latency < 1:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,16 +25,12 @@ class Searched:
     @classmethod
     def read(cls, path: Path) -> Searched:
         """A plan file of `python -m minireuse.search`. Raises: PlanError, OSError."""
-        text = path.read_text(encoding="utf-8")
-        try:
-            plan = ReusePlan.from_json(text)
-            about = parse_json(text)["about"]
-            model, sampler = str(about["model"]), str(about["sampler"])
-        except (PlanError, KeyError, TypeError) as error:
-            raise PlanError(f"{path} is not a searched plan ({error}); remove it, or search it again") from None
+        plan, about = read_plan(path)
+        if not {"model", "sampler"} <= about.keys():
+            raise PlanError(f"{path} does not say what it was searched for; remove it, or search it again")
         if plan.grid is None:
             raise PlanError(f"{path} differs by site; only step-wise plans can lie among the plans of a model")
-        return cls(plan, model, sampler)
+        return cls(plan, str(about["model"]), str(about["sampler"]))
 
     @property
     def row(self) -> tuple[bool, ...]:
@@ -42,6 +39,18 @@ class Searched:
 
     def __str__(self) -> str:
         return f"{self.sampler}, {self.plan.calls} calls, {self.plan.reused} of them reused"
+
+
+def read_plan(path: Path) -> tuple[ReusePlan, dict[str, Any]]:
+    """The plan in a file, and what the file says about it. Raises: PlanError, which names the file; OSError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        plan, about = ReusePlan.from_json(text), parse_json(text).get("about")
+    except (PlanError, UnicodeDecodeError) as error:
+        raise PlanError(
+            f"{path} is not a plan ({error}); give a file that a search or ReusePlan.to_json made"
+        ) from None
+    return plan, about if isinstance(about, dict) else {}
 
 
 def plans_of(model: Path | None = None) -> list[Searched]:

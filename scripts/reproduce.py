@@ -26,7 +26,7 @@ from minireuse.command import exit_status
 from minireuse.files import read_lines, shipped_model, write_whole
 from minireuse.journal import Journal
 from minireuse.metrics import fidelity, interval
-from minireuse.report import fraction, summarise
+from minireuse.report import FULL, KERNELS, fraction, summarise
 from minireuse.searched import plans_of
 
 import claims
@@ -66,29 +66,38 @@ def done(status: int, what: str) -> None:
 
 
 def times(rows: dict[str, Any], *names: str) -> str:
-    """What each row takes of the full sampler's time."""
-    return ", ".join(f"{name} {fraction(rows[name], rows['none']):.2f}" for name in names)
+    """What each row takes of the full sampler's time, fused and with explicit maps."""
+    return ", ".join(
+        f"{name} {' and '.join(f'{fraction(rows[name], rows[FULL], kernel):.2f}' for kernel in KERNELS)}"
+        for name in names
+    )
 
 
 def chain(args: argparse.Namespace, study: Study) -> dict[str, Any]:
-    """Claim 5: PHAST above HURRY above fewer steps of equal latency, on prompts no search has seen."""
+    """Claim 5: PHAST above HURRY above fewer steps of equal latency, on prompts no search has seen.
+
+    Of equal latency with the fused kernel, and with every map written out, as it was when the method was published.
+    """
     results = evaluation(args, "policies", POLICIES, "--equal-latency", "--fid", "vae")
-    rows, twins = results["rows"], results["equal_latency"]
+    rows, (fused, explicit) = results["rows"], (results["equal_latency"][kernel] for kernel in KERNELS)
     pairs = {
         "PHAST over HURRY (map)": ("phast", "hurry"),
-        "HURRY over fewer steps (map)": ("hurry", twins["hurry"]),
-        "PHAST over fewer steps (map)": ("phast", twins["phast"]),
+        "HURRY over fewer steps (map)": ("hurry", fused["hurry"]),
+        "PHAST over fewer steps (map)": ("phast", fused["phast"]),
+        "HURRY over fewer steps (map, explicit)": ("hurry", explicit["hurry"]),
+        "PHAST over fewer steps (map, explicit)": ("phast", explicit["phast"]),
         "PHAST over HURRY (deep)": ("phast:kind=deep", "hurry:kind=deep"),
-        "HURRY over fewer steps (deep)": ("hurry:kind=deep", twins["hurry:kind=deep"]),
-        "PHAST over fewer steps (deep)": ("phast:kind=deep", twins["phast:kind=deep"]),
+        "HURRY over fewer steps (deep)": ("hurry:kind=deep", fused["hurry:kind=deep"]),
+        "PHAST over fewer steps (deep)": ("phast:kind=deep", fused["phast:kind=deep"]),
         "PHAST over DeepCache (deep)": ("phast:kind=deep", "deepcache"),
     }
     slow = [name for name, (_, other) in pairs.items() if other == "none"]
     links = {n: np.subtract(rows[a]["psnr"], rows[b]["psnr"]) for n, (a, b) in pairs.items() if n not in slow}
     ends = {name: interval(values) for name, values in links.items()}
     text = "; ".join(f"{n} {links[n].mean():+.1f} dB [{low:+.1f}, {high:+.1f}]" for n, (low, high) in ends.items())
-    text += "".join(f"; {name}: not faster than the full sampler" for name in slow)
-    text += f". Of the full sampler's time: {times(rows, *dict.fromkeys(n for pair in pairs.values() for n in pair))}"
+    text += "".join(f"; {name}: the full sampler takes as long" for name in slow)
+    told = times(rows, *dict.fromkeys(name for pair in pairs.values() for name in pair))
+    text += f". Of the full sampler's time, fused and explicit: {told}"
     holds = not slow and all(low > 0 for low, _ in ends.values())
     return {"verdict": verdict(holds, bool(slow) or any(high < 0 for _, high in ends.values())), "text": text}
 

@@ -44,7 +44,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if faults.TRIED:
         terminalreporter.write_line("\n" + faults.table())
         if "FAULTS" in os.environ:
-            faults.write(Path(os.environ["FAULTS"]))
+            Path(os.environ["FAULTS"]).write_text(faults.table() + "\n")
 
 
 TINY_UNET = UNetConfig(

@@ -128,17 +128,19 @@ def test_two_processes_give_the_figures_of_one(argv: list[str], tmp_path: Path) 
 
 def test_equal_latency_pairs_each_policy_with_the_plain_sampler_of_its_time(argv: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert evaluate.main([*argv, "--equal-latency", "--out", str(out)]) == 0
+    assert evaluate.main([*argv, "--equal-latency", "--against", "steps:2", "--out", str(out)]) == 0
     results = json.loads((out / "results.json").read_text())
     records = map(json.loads, (out / "journal.jsonl").read_text().splitlines()[1:])
     rounds = [r["value"] for r in records if r["key"].startswith("round")]
-    seconds = {name: np.median([found[name]["seconds"] for found in rounds]) for name in rounds[0]}
-    assert set(results["equal_latency"]) == set(POLICIES[:3])
-    for name, twin in results["equal_latency"].items():
+    assert "steps:2" in results["rows"]  # asked for, whether or not it is a twin
+    assert set(results["equal_latency"]) == {"seconds", "seconds_explicit"}
+    for kernel, name, twin in [(k, *pair) for k, pairs in results["equal_latency"].items() for pair in pairs.items()]:
+        seconds = {name: np.median([found[name][kernel] for found in rounds]) for name in rounds[0]}
         plain = {n: s for n, s in seconds.items() if n == "none" or n.startswith("steps:")}
         assert set(plain) == {"none", "steps:2", "steps:3", "steps:4"}
         assert abs(plain[twin] - seconds[name]) == min(abs(s - seconds[name]) for s in plain.values())
         assert twin in results["rows"]
+    assert all(set(pairs) == set(POLICIES[:3]) for pairs in results["equal_latency"].values())
 
 
 def test_prompt_following_comes_from_the_file_given(argv: list[str], tmp_path: Path) -> None:
@@ -231,10 +233,10 @@ def test_ratios_are_taken_round_by_round() -> None:
         "none": row | times | {"seconds": [1.0, 9.0, 2.0]},
         "half": row | times | {"seconds": [0.5, 4.5, 1.0]},
     }
-    summary = report.summarise({"rows": rows, "equal_latency": {"half": "none"}}, "half")
+    summary = report.summarise({"rows": rows, "equal_latency": {"seconds": {"half": "none"}}}, "half")
     assert summary["half"]["seconds_ratio"] == 0.5
     assert summary["half"]["seconds_spread"] == [0.5, 0.5]
-    assert summary["half"]["twin"] is None  # no plain sampler but the full one is as slow
+    assert summary["half"]["twin_seconds"] is None  # no plain sampler but the full one is as slow
     assert summary["none"]["against"]["gain"] == 0
-    assert "not faster than the full sampler" in report.table(summary)
+    assert "the full sampler takes as long" in report.table(summary)
     assert summary["half"]["cache_mib"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 from pathlib import Path
 
@@ -32,6 +33,18 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(OSError, match="No space"):
         write_whole([target], b"x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_there_are_no_hard_links_no_file_is_replaced_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("minireuse.files.os.link", refused)
+    names = [tmp_path / "a.png", tmp_path / "b.png"]
+    assert [write_whole(names, data) for data in (b"x", b"y")] == names
+    assert [p.read_bytes() for p in names] == [b"x", b"y"]
 
 
 def test_a_neighbours_part_file_is_left_alone(tmp_path: Path) -> None:

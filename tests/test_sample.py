@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -189,7 +190,7 @@ def test_every_option_arrives_where_it_belongs(
     monkeypatch.setattr("minireuse.options.load", load)
     monkeypatch.setattr(minireuse.Pipeline, "generate", generate)
     options = (
-        "--negative-prompt cross --sampler plms --guidance-scale 3 --eta 0.25 --attention explicit --width 24 --seed 9"
+        "--negative-prompt cross --sampler ddim --guidance-scale 3 --eta 0.25 --attention explicit --width 24 --seed 9"
         " --height 8 --cache-dtype float32 --policy early --reuse 2 --kind out --sites cross --tokenizer t --dtype"
         " bfloat16 --prediction-type v_prediction --batch-size 1 --quiet"
     )
@@ -197,11 +198,11 @@ def test_every_option_arrives_where_it_belongs(
     expected = {
         **{"path": Path(str(seen["path"])), "device": "cpu", "dtype": "bfloat16", "tokenizer": "t"},
         **{"prediction_type": "v_prediction", "prompts": ["a red circle"], "negative_prompts": "cross", "steps": 4},
-        **{"sampler": "plms", "guidance_scale": 3.0, "seeds": [9], "height": 8, "width": 24, "eta": 0.25},
+        **{"sampler": "ddim", "guidance_scale": 3.0, "seeds": [9], "height": 8, "width": 24, "eta": 0.25},
         **{"attention": "explicit", "init_images": None},
     }
     assert {name: seen[name] for name in expected} == expected
-    assert seen["plan"] == early(5, select(pipeline.sites, "cross", "out"), k=2)
+    assert seen["plan"] == early(4, select(pipeline.sites, "cross", "out"), k=2)
     assert seen["cache"].dtype == torch.float32  # type: ignore[attr-defined]
 
 
@@ -282,6 +283,11 @@ def test_guidance_of_any_sign(run, scale: str) -> None:
         (("--init-image", "missing.png"), "missing.png"),
         (("--prompts-file", "missing.txt"), "missing.txt"),
         (("--steps", "0"), "steps is 0"),
+        (("--eta", "-1.5"), "eta is -1.5, expected 0"),
+        (("--eta", "0.5", "--sampler", "plms"), "only ddim takes one"),
+        (("--policy", "tgate", "--kind", "out"), "--policy tgate chooses what it reuses itself"),
+        (("--policy", "deepcache|pab", "--sites", "self"), "leave out --kind and --sites"),
+        (("--policy", "hurry:kind=bogus"), "kind is 'bogus', expected one of map, out, deep"),
         (("--sampler", "none"), "invalid choice"),
         (("--dtype", "int8"), "invalid choice"),
     ],
@@ -294,11 +300,18 @@ def test_bad_input_is_one_sentence_and_status_2(run, tmp_path: Path, argv: tuple
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_files_are_named(run, tmp_path: Path) -> None:
+def test_bad_files_are_named(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plan.json").write_text("{}")
     (tmp_path / "text.png").write_text("not a picture")
-    assert "minireuse-plan" in run("--policy", "plan.json")[2]
+    assert "plan.json is not a plan" in run("--policy", "plan.json")[2]
     assert "not an image" in run("--init-image", "text.png")[2]
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(picture, format="PNG")
+    (tmp_path / "whole.png").write_bytes(picture.getvalue())
+    (tmp_path / "cut.png").write_bytes(picture.getvalue()[:-30])
+    assert "cut.png is a broken image" in run("--init-image", "cut.png")[2]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert "whole.png is a broken image" in run("--init-image", "whole.png")[2]  # a bomb, for all that Pillow knows
     assert "no model at nowhere" in run(model=Path("nowhere"))[2]
     assert "no prompt given" in run(prompt=None)[2]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minireuse.config import ScheduleConfig
-from minireuse.samplers import SAMPLERS, TAKES_ETA, Step, count_calls
+from minireuse.samplers import SAMPLERS, Step, count_calls
 from minireuse.schedule import END, Schedule
 
 # numpy's, about how diffusers reads its tables
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 ENDS_AT_ONE = {one: Schedule.from_config(ScheduleConfig(last_alpha_one=one)) for one in (False, True)}
 SD = ENDS_AT_ONE[False]
+TAKES_ETA = frozenset(name for name, f in SAMPLERS.items() if "eta" in inspect.signature(f).parameters)
 SINGLESTEP_CALLS = {"dpm_solver_2": 2, "dpm_solver_3": 3, "dpmpp_2s": 2}
 
 

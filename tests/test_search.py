@@ -220,12 +220,18 @@ def test_a_search_killed_at_any_moment_resumes_to_the_same_plan(
         (("--out", "p.json", "--budget-latency", "0.001", "--kind", "deep"), "takes 0.001 of the full sampler's time"),
         (("--out", "p.json", "--prompts", "9"), "holds 3 prompts, 10 are wanted"),
         (("--out", "p.json", "--reuse", "6"), "k is 6, expected"),
+        (("--out", "p.json", "--prompts", "-1"), "--prompts is -1, expected 1 or more"),
+        (("--out", "p.json", "--check", "-1"), "--check is -1, expected 0 or more"),
+        (("--out", "p.json", "--kind", "deep", "--sites", "self"), "deep features belong to no attention"),
+        (("--out", "spoilt.json"), "spoilt.json is not a plan"),
         (("--out", "taken.json"), "exists; remove it"),
     ],
 )
 def test_bad_input(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...], message: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken.json").write_text("{}")
+    (tmp_path / "spoilt.json").write_text("[]")
+    (tmp_path / "spoilt.journal.jsonl").touch()
     status, out, err = run(*argv)
     assert (status, out) == (2, "")
     assert message in err
