@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import diffusers
@@ -12,8 +13,9 @@ from transformers import CLIPTokenizer
 
 import minireuse
 from minireuse.files import shipped_model
-from minireuse.policies import hurry, select
+from minireuse.policies import hurry, phast_for, select
 from minireuse.reuse import ReuseCache
+from minireuse.searched import plans_of
 
 from conftest import relative_error
 from data import scene_at
@@ -55,6 +57,21 @@ def test_reuse_keeps_the_picture(pipe: minireuse.Pipeline, full: np.ndarray) -> 
     assert reused.cache_peak_bytes > 0
     assert np.mean([image_psnr(a, b) for a, b in zip(reused.images, full, strict=True)]) > 25
     assert score(list(reused.images), UNSEEN)["attributes"] >= 0.85
+
+
+def test_searched_plans_ship(pipe: minireuse.Pipeline) -> None:
+    """In these settings `phast` is a plan that was searched for them, not a neighbour's."""
+    every = [(kind, k) for kind in ("map", "out", "deep") for k in (5, 10, 15)]
+    expected = {("ddim", 20, *pair) for pair in every}
+    expected |= {(sampler, 20, kind, 10) for sampler in ("dpmpp_2m", "plms") for kind in ("map", "deep")}
+    expected |= {("ddim", 10, "map", 5), ("dpmpp_2m", 10, "map", 5), ("ddim", 50, "map", 25)}
+    plans = plans_of()
+    policy = {sampler: phast_for(plans, sampler, pipe.fingerprint) for sampler in ("ddim", "dpmpp_2m", "plms")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it says so where it takes the nearest
+        for sampler, steps, kind, k in expected:
+            plan = policy[sampler](pipe.calls(sampler, steps), select(pipe.sites, kind=kind), k=k)
+            assert (plan.reused, plan.on(pipe.sites)) == (k, plan)
 
 
 def test_vae_reconstructs_unseen_scenes(pipe: minireuse.Pipeline) -> None:
