@@ -291,9 +291,14 @@ def curves(scale: Scale, rounds: int) -> dict[str, dict[str, list[float]]]:
 # --- the report ----------------------------------------------------------------------------------------------------
 
 
+def ratios(times: Times, name: str, other: str) -> list[float]:
+    """Round by round: what disturbs a machine for a while disturbs neighbours alike."""
+    return [a / b for a, b in zip(times[name], times[other], strict=True)]
+
+
 def ratio(times: Times, name: str, other: str) -> str:
-    """The median of the ratios round by round, and their range."""
-    values = [a / b for a, b in zip(times[name], times[other], strict=True)]
+    """The median of the ratios, and their range."""
+    values = ratios(times, name, other)
     return f"{statistics.median(values):.3f} ({min(values):.2f}-{max(values):.2f})"
 
 
@@ -311,12 +316,12 @@ def table(results: dict[str, Any]) -> str:
         ]
         pairs += [(name, "full") for name in single if name not in ("full", "diffusers")]
         lines += [f"| {a} / {b} | {ratio(single, a, b)} |" for a, b in pairs]
-        lines += ["", f"| {STEPS} steps, HURRY reuses in {REUSED} | ratio (range) |", "|---|---|"]
-        lines += [f"| full / diffusers | {ratio(whole, 'full', 'diffusers')} |"]
-        lines += [
-            f"| {name} / full | {ratio(whole, name, 'full')} |" for name in whole if name not in ("full", "diffusers")
-        ]
-        lines += [f"| HURRY map / full, explicit | {ratio(whole, 'HURRY map', 'full, explicit')} |"]
+        if whole:
+            lines += ["", f"| {STEPS} steps, HURRY reuses in {REUSED} | ratio (range) |", "|---|---|"]
+            lines += [f"| full / diffusers | {ratio(whole, 'full', 'diffusers')} |"]
+            others = [name for name in whole if name not in ("full", "diffusers")]
+            lines += [f"| {name} / full | {ratio(whole, name, 'full')} |" for name in others]
+            lines += [f"| HURRY map / full, explicit | {ratio(whole, 'HURRY map', 'full, explicit')} |"]
         lines += ["", "| cache of maps | forecast | counted |", "|---|---|---|"]
         lines += [f"| {d} | {b['forecast']:,} | {b['counted']:,} |" for d, b in found["memory"].items()]
         if found["peak"]:
@@ -342,13 +347,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def over_k(found: dict[str, Any]) -> dict[str, list[float]]:
     """The time of HURRY as a fraction of the full sampler's, from the measured calls: plain, storing once, reusing."""
-    seconds = {name: statistics.median(values) for name, values in found["calls"].items()}
+    cost = {name: statistics.median(ratios(found["calls"], name, "full")) for name in found["calls"]}
     ks = range(STEPS)
     lines: dict[str, list[float]] = {"x": [float(k) for k in ks]}
     for kind in ("map", "out", "deep"):
-        store, reuse = (next(v for n, v in seconds.items() if n.startswith(f"{w} {kind}")) for w in ("store", "reuse"))
-        total = [((STEPS - k - 1) * seconds["full"] + store + k * reuse if k else STEPS * seconds["full"]) for k in ks]
-        lines[kind] = [t / (STEPS * seconds["full"]) for t in total]
+        store, reuse = (next(c for n, c in cost.items() if n.startswith(f"{w} {kind}")) for w in ("store", "reuse"))
+        lines[kind] = [(STEPS - k - 1 + store + k * reuse) / STEPS if k else 1.0 for k in ks]
     return lines
 
 
@@ -359,11 +363,7 @@ def measure(scale: Scale, rounds: int, quick: bool, compiled: bool) -> dict[str,
     single = in_turn(calls(unet, scale), max(3, rounds // 3) if large else rounds, scale.device)
     chosen = runs(unet, scale)
     if large and quick:
-        chosen = {
-            name: run
-            for name, run in chosen.items()
-            if name in ("full", "diffusers", "HURRY map", "HURRY out", "full, explicit")
-        }
+        chosen = {}  # a minute each
     peak = {}
     if scale.device.startswith("cuda"):
         for name, run in chosen.items():
