@@ -230,11 +230,14 @@ def _read_tokenizer(source: str | Path, vocabulary: int) -> CLIPTokenizer:
             folder = Path(snapshot_download(source, allow_patterns=["vocab.json", "merges.txt", "*token*.json"]))
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
         ids = tokenizer(["a"], truncation=False, verbose=False)["input_ids"][0]  # as prompts will be
+        ends = tokenizer.bos_token_id, tokenizer.eos_token_id
+        padding = tokenizer.pad_token_id  # looks for ever where neither it nor the unknown token is in the vocabulary
     except Exception as error:  # transformers and the hub raise many kinds, network errors among them
         raise CheckpointError(f"no CLIP tokenizer could be read from {source} ({reason(error)}); {advice}") from None
-    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if None in ends or (ids[0], ids[-1]) != ends or len(set(ids)) < 3:
-        raise CheckpointError(f"the tokenizer in {source} does not mark where a text begins and ends; {advice}")
+    if None in (*ends, padding) or (ids[0], ids[-1]) != ends or len(set(ids)) < 3:
+        raise CheckpointError(
+            f"the tokenizer in {source} does not mark where a text begins and ends, or lacks padding; {advice}"
+        )
     # Some versions of transformers read a folder without files as a tokenizer of two tokens.
     if len(tokenizer) < 256 or max(tokenizer.get_vocab().values()) >= vocabulary:
         raise CheckpointError(

@@ -59,7 +59,7 @@ def open_file(path: Path) -> dict[str, Source]:
             start = raw.read(2)
         if start == b"PK" or (start[:1] == b"\x80" and start[1:] <= b"\x05"):
             raise CheckpointError(f"{path} is a pickle by its content; {CONVERT}") from None
-        raise CheckpointError(f"{path} is not a valid safetensors file ({error}); download it again") from None
+        raise CheckpointError(f"{path} is not a valid safetensors file ({reason(error)}); download it again") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({reason(error)}); check its permissions") from None
 

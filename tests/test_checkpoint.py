@@ -573,6 +573,14 @@ def test_header_length_that_looks_like_a_pickle_is_no_pickle(
     assert_same_tensors(states(load_parts(folder, torch.float32)), expected_states(theirs))
 
 
+def test_a_header_that_is_quoted_in_the_error_is_cut(folder: Path) -> None:
+    header = b'"' + 5000 * b"a" + b'"'
+    (folder / "unet" / WEIGHTS["unet"]).write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="is not a valid safetensors file") as raised:
+        load_parts(folder, torch.float32)
+    assert len(str(raised.value)) < 1000
+
+
 @pytest.mark.parametrize("keep", [0, 4, 100, -64])
 def test_truncated_file_is_named(keep: int, folder: Path) -> None:
     path = folder / "unet" / WEIGHTS["unet"]
@@ -763,6 +771,14 @@ def test_incomplete_tokenizer_folder_is_refused(kept: list[str], folder: Path) -
             path.unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer .*pass --tokenizer with a folder that holds vocab\.json"):
         load_parts(folder, torch.float32)
+
+
+def test_tokenizer_that_looks_for_its_padding_for_ever_is_refused(tokenizer_folder: Path, folder: Path) -> None:
+    """Where transformers does not find a token it looks for the unknown one, which it does not find."""
+    spoilt = shutil.copytree(tokenizer_folder, folder / "spoilt")
+    edit_json(spoilt / "special_tokens_map.json", unk_token={}, pad_token={})
+    with pytest.raises(CheckpointError, match=r"tokenizer .*spoilt .*pass --tokenizer"):
+        load_parts(folder, torch.float32, tokenizer=spoilt)
 
 
 def test_tokenizer_larger_than_the_text_encoder_is_refused(folder: Path, tokenizer_folder: Path) -> None:
