@@ -182,7 +182,7 @@ def read_image(path: Path, remedy: str, formats: list[str] | None = None) -> Ima
             image.load()  # texts may follow the pixels
             return image
     except UnidentifiedImageError:
-        kind = "an image that Pillow can read" if formats is None else " or ".join(formats)
+        kind = "an image that Pillow can read" if formats is None else f"a {' or '.join(formats)}"
         raise ValueError(f"{path} is not {kind}; {remedy}") from None
     except (SyntaxError, ValueError, OSError, Image.DecompressionBombError) as error:  # Pillow's, for broken files
         if isinstance(error, OSError) and error.errno is not None:

@@ -41,7 +41,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if faults.TRIED:
+    if faults.TRIED and not hasattr(terminalreporter.config, "workeroutput"):
         terminalreporter.write_line("\n" + faults.table())
         if "FAULTS" in os.environ:
             Path(os.environ["FAULTS"]).write_text(faults.table() + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from minireuse.reuse import ReuseCache
 from minireuse.unet import UNet
 
 PLANS = ["hurry", "interval", "hurry:kind=out,sites=self", "deepcache", "tgate", "pab", "hurry:k=2|deepcache:every=3"]
+CASES = [*zip(PLANS, itertools.cycle(DTYPES), strict=False), *(("hurry", dtype) for dtype in DTYPES)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("expression", PLANS)
+@pytest.mark.parametrize(("expression", "dtype"), CASES)
 def test_forecast_is_what_a_run_takes(
     pipeline: minireuse.Pipeline, model_folder: Path, expression: str, dtype: torch.dtype
 ) -> None:

@@ -24,7 +24,7 @@ from trainer import train
 # Processes are forked from one that has imported all this and computed nothing: a start costs milliseconds.
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["minireuse.search", "minireuse.evaluate", "minireuse.sample", "reproduce", "trainer"])
-KILLS = 7  # of each kind of work; all but the last two have to meet it alive
+KILLS = 6  # of each kind of work; all but the last two have to meet it alive
 
 
 def run_search(argv: list[str], out: Path) -> None:

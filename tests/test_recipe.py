@@ -180,7 +180,7 @@ def test_files_that_are_no_pngs(run: Run) -> None:
         ("words", "not a PNG"),
         ("photo", "not a PNG"),
         ("plain", "no text 'batch'"),
-        ("cut", "a broken PNG"),
+        ("cut", "a broken image"),
     ):
         status, said = run("--from-png", f"{name}.png")
         assert (status, said.count("\n")) == (2, 1), said

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -182,30 +181,6 @@ def test_two_processes_find_the_plan_of_one(model_folder: Path, prompts: Path, t
         assert one["about"][name] == two["about"][name], name
     assert (one["sites"], one["guided"]) == (two["sites"], two["guided"])
     assert two["about"]["calls_made"] < one["about"]["calls_made"]
-
-
-def test_a_search_killed_at_any_moment_resumes_to_the_same_plan(
-    run, model_folder: Path, prompts: Path, tmp_path: Path
-) -> None:
-    run("--steps", "12", "--reuse", "6", "--out", str(tmp_path / "whole.json"))
-    common = ["--model", str(model_folder), "--prompts-file", str(prompts), *COMMON, "--steps", "12", "--reuse", "6"]
-    argv = [sys.executable, "-m", "minireuse.search", *common, "--out", str(tmp_path / "killed.json")]
-    journal = tmp_path / "killed.journal.jsonl"
-    process = subprocess.Popen(argv, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
-    while process.poll() is None and (not journal.exists() or len(journal.read_bytes().splitlines()) < 4):
-        time.sleep(0.005)
-    assert process.poll() is None, "the search ended before it could be killed"
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "killed.json").exists()
-    kept = len(journal.read_bytes().splitlines())
-    assert kept >= 4
-    run("--steps", "12", "--reuse", "6", "--out", str(tmp_path / "killed.json"))
-    whole, killed = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("whole", "killed"))
-    assert killed["sites"] == whole["sites"]
-    assert killed["about"]["score"] == whole["about"]["score"]
-    assert killed["about"]["plans_tried"] == whole["about"]["plans_tried"]
-    assert killed["about"]["calls_made"] < whole["about"]["calls_made"]
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,9 @@ def fitted_grid(grid: str, calls: int, k: int) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{}", "is not a searched plan"),
-        (ReusePlan.stepwise(row(".#"), MAPS).to_json(), "is not a searched plan"),
-        ("[]", "is not a searched plan"),
+        ("{}", "is not a plan"),
+        (ReusePlan.stepwise(row(".#"), MAPS).to_json(), "does not say what it was searched for"),
+        ("[]", "is not a plan"),
     ],
 )
 def test_other_files_among_the_plans_are_refused(tmp_path: Path, text: str, message: str) -> None:
