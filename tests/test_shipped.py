@@ -23,7 +23,7 @@ from train_vae import psnr
 from verify import score
 from world import COLOURS, FILLS, RELATIONS, SHAPES, SIZES, caption, render
 
-UNSEEN = [scene_at(7, i) for i in range(8)]
+UNSEEN = [scene_at(7, i) for i in range(6)]
 PROMPT = "a large red circle above a small blue star on a yellow background"
 
 
@@ -34,7 +34,7 @@ def pipe() -> minireuse.Pipeline:
 
 @pytest.fixture(scope="module")
 def full(pipe: minireuse.Pipeline) -> np.ndarray:
-    return pipe.generate([caption(s) for s in UNSEEN], seeds=list(range(8))).images
+    return pipe.generate([caption(s) for s in UNSEEN], seeds=list(range(6))).images
 
 
 def image_psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -53,10 +53,10 @@ def test_pictures_show_their_prompts(full: np.ndarray) -> None:
 
 def test_reuse_keeps_the_picture(pipe: minireuse.Pipeline, full: np.ndarray) -> None:
     plan = hurry(20, select(pipe.sites), k=10)
-    reused = pipe.generate([caption(s) for s in UNSEEN], seeds=list(range(8)), plan=plan)
+    reused = pipe.generate([caption(s) for s in UNSEEN[:4]], seeds=list(range(4)), plan=plan)
     assert reused.cache_peak_bytes > 0
-    assert np.mean([image_psnr(a, b) for a, b in zip(reused.images, full, strict=True)]) > 25
-    assert score(list(reused.images), UNSEEN)["attributes"] >= 0.85
+    assert np.mean([image_psnr(a, b) for a, b in zip(reused.images, full[:4], strict=True)]) > 25
+    assert score(list(reused.images), UNSEEN[:4])["attributes"] >= 0.85
 
 
 def test_searched_plans_ship(pipe: minireuse.Pipeline) -> None:
