@@ -233,7 +233,7 @@ class Pipeline:
         )
         if wrap is not None:
             denoise = wrap(denoise)
-        options = {"eta": eta} if sampler == "ddim" else {}
+        options = {"eta": eta} if eta else {}
         cache.peak_nbytes = 0
 
         self.synchronize()

@@ -39,10 +39,9 @@ def summarise(results: dict[str, Any], against: str) -> dict[str, dict[str, Any]
                 made["cache_mib"] = row["cache_peak_bytes"] / 2**20
             for key in {"seconds", "seconds_total", "seconds_explicit"} & row.keys():
                 # Each round by itself: what disturbs a machine for a while disturbs neighbours alike.
-                ratios = np.array(row[key]) / np.array(full[key])
                 made[key] = float(np.median(row[key]))
-                made[f"{key}_ratio"] = float(np.median(ratios))
-                made[f"{key}_spread"] = [float(q) for q in np.percentile(ratios, [25, 75])]
+                made[f"{key}_ratio"] = fraction(row, full, key)
+                made[f"{key}_spread"] = [float(q) for q in np.percentile(np.divide(row[key], full[key]), [25, 75])]
         twins = {f"twin_{kernel}": pairs.get(name) for kernel, pairs in results["equal_latency"].items()}
         for label, other in (twins | {"against": against}).items():
             if other == FULL:  # the reference: nothing is closer to it than itself

@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     wanted = range(len(jobs)) if again is None else [again.place]
     targets = _targets(args.out, len(wanted))
     _check(args)
+    args.sites, args.kind = args.sites or "both", args.kind or "map"  # whether they were given matters no longer
     # A dry run reads no weights, but for phast, which has to know whose plan it looks for.
     pipeline = load_model(args, "meta" if args.dry_run and "phast" not in names_in(args.policy) else None)
     if again is not None and not args.dry_run and again.fingerprint != pipeline.fingerprint:
@@ -144,7 +145,7 @@ def paint(
         attention=args.attention,
         on_step=on_step,
         wrap=None if recorder is None else recorder.wrap,
-        watch=() if recorder is None else select(pipeline.sites, args.sites or "both"),
+        watch=() if recorder is None else select(pipeline.sites, args.sites),
     )
 
 
@@ -214,8 +215,8 @@ def _plan(args: argparse.Namespace, pipeline: Pipeline, calls: int) -> ReusePlan
         calls,
         pipeline.sites,
         k=args.reuse,
-        which=args.sites or "both",
-        kind=args.kind or "map",
+        which=args.sites,
+        kind=args.kind,
         policies=policies_for(args.policy, args.model, args.sampler, lambda: pipeline.fingerprint),
     )
 
@@ -245,7 +246,7 @@ def _recipe(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan) -> Re
         model=_model_name(args),
         fingerprint=pipeline.fingerprint,
         prediction_type=pipeline.schedule.prediction_type,
-        watched="" if args.save_maps is None else args.sites or "both",
+        watched="" if args.save_maps is None else args.sites,
     )
 
 

@@ -361,9 +361,7 @@ def measure(scale: Scale, rounds: int, quick: bool, compiled: bool) -> dict[str,
     unet = build_unet(scale)
     large = not scale.shipped and scale.device == "cpu"  # seconds a call
     single = in_turn(calls(unet, scale), max(3, rounds // 3) if large else rounds, scale.device)
-    chosen = runs(unet, scale)
-    if large and quick:
-        chosen = {}  # a minute each
+    chosen = {} if large and quick else runs(unet, scale)  # a minute each
     peak = {}
     if scale.device.startswith("cuda"):
         for name, run in chosen.items():

@@ -32,7 +32,7 @@ from minireuse.evaluate import SEED, picture, save_pictures, timed_rounds
 from minireuse.files import read_lines, shipped_model, write_whole
 from minireuse.journal import Journal
 from minireuse.metrics import fidelity, interval, ssim
-from minireuse.policies import RELATIVES, build, policies_for
+from minireuse.policies import RELATIVES, build, names_in, policies_for
 from minireuse.report import fraction, summarise, write_report
 from minireuse.reuse import ReuseCache, ReusePlan
 
@@ -128,8 +128,8 @@ def time_round(runners: dict[str, Runner], prompt: str, latents: Tensor, names: 
 
 def is_own(name: str) -> bool:
     """Whether a row of `--ours` is a plan of this project's: no published relative, no plain sampler."""
-    terms = name.removeprefix("steps:").partition("+")[2].split("|") if name.startswith("steps:") else name.split("|")
-    return not any(term.partition(":")[0] in (*RELATIVES, "none", "") for term in terms)
+    policy = name.partition("+")[2] if name.startswith("steps:") else name
+    return not any(term in (*RELATIVES, "none", "") for term in names_in(policy))
 
 
 def gaps(rows: dict[str, dict[str, Any]], own: Sequence[str]) -> str:

@@ -91,7 +91,7 @@ def chain(args: argparse.Namespace, study: Study) -> dict[str, Any]:
         "PHAST over fewer steps (deep)": ("phast:kind=deep", fused["phast:kind=deep"]),
         "PHAST over DeepCache (deep)": ("phast:kind=deep", "deepcache"),
     }
-    slow = [name for name, (_, other) in pairs.items() if other == "none"]
+    slow = [name for name, (_, other) in pairs.items() if other == FULL]
     links = {n: np.subtract(rows[a]["psnr"], rows[b]["psnr"]) for n, (a, b) in pairs.items() if n not in slow}
     ends = {name: interval(values) for name, values in links.items()}
     text = "; ".join(f"{n} {links[n].mean():+.1f} dB [{low:+.1f}, {high:+.1f}]" for n, (low, high) in ends.items())
@@ -104,7 +104,7 @@ def chain(args: argparse.Namespace, study: Study) -> dict[str, Any]:
 
 def tensors(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     """Claim 7: what each kind of tensor costs and saves."""
-    summary = summarise(evaluation(args, "policies", POLICIES, "--equal-latency", "--fid", "vae"), "none")
+    summary = summarise(evaluation(args, "policies", POLICIES, "--equal-latency", "--fid", "vae"), FULL)
     names = {"map": "phast", "out": "phast:kind=out", "deep": "phast:kind=deep"}
     text = "; ".join(
         f"{kind}: {summary[n]['psnr']:.1f} dB at {summary[n]['seconds_ratio']:.2f} of the time "
@@ -135,7 +135,7 @@ def layerwise(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     rows = {name: results["rows"][path] for name, path in found.items()}
     gains = {n: np.subtract(rows["layers"]["psnr"], r["psnr"]) for n, r in rows.items() if n != "layers"}
     ends = {name: interval(values) for name, values in gains.items()}
-    taken = {name: fraction(row, results["rows"]["none"]) for name, row in rows.items()}
+    taken = {name: fraction(row, results["rows"][FULL]) for name, row in rows.items()}
     text = "layer-wise over step-wise, each estimated at 0.7 of the time: " + ", ".join(
         f"{n} {gains[n].mean():+.1f} dB [{low:+.1f}, {high:+.1f}]" for n, (low, high) in ends.items()
     )
@@ -158,9 +158,9 @@ def together(args: argparse.Namespace, study: Study) -> dict[str, Any]:
         return np.stack([np.array(Image.open(file)) for file in files])
 
     # Against the same image as fewer steps are: the full sampler's with all steps.
-    ours = fidelity(pictures("together-short", "phast:kind=deep"), pictures("together", "none"))
-    taken = {name: fraction(row, rows["none"]) for name, row in rows.items()}
-    time = taken[f"steps:{short}"] * fraction(reused["phast:kind=deep"], reused["none"])
+    ours = fidelity(pictures("together-short", "phast:kind=deep"), pictures("together", FULL))
+    taken = {name: fraction(row, rows[FULL]) for name, row in rows.items()}
+    time = taken[f"steps:{short}"] * fraction(reused["phast:kind=deep"], reused[FULL])
     rival = min((name for name in taken if taken[name] >= time), key=lambda name: taken[name])
     gain = ours - np.array(rows[rival]["psnr"])
     low, high = interval(gain)
@@ -174,9 +174,9 @@ def together(args: argparse.Namespace, study: Study) -> dict[str, Any]:
 def quality(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     """Claim 11: as a set, and against their prompts, the images are as good as the full sampler's."""
     results = evaluation(args, "policies", POLICIES, "--equal-latency", "--fid", "vae")
-    rows, summary = results["rows"], summarise(results, "none")
-    close = [n for n, r in summary.items() if r["psnr"] >= 30 and n != "none" and "follows" in r]
-    drops = {n: interval(np.subtract(rows["none"]["follows"], rows[n]["follows"])) for n in close}
+    rows, summary = results["rows"], summarise(results, FULL)
+    close = [n for n, r in summary.items() if r["psnr"] >= 30 and n != FULL and "follows" in r]
+    drops = {n: interval(np.subtract(rows[FULL]["follows"], rows[n]["follows"])) for n in close}
     text = "; ".join(
         f"`{n}` {r['psnr']:.1f} dB, Fréchet distance {r['fid']:.2f}"
         + (f", prompt followed {r['follows']:.3f}" if "follows" in r else "")

@@ -19,7 +19,7 @@ from minireuse.reuse import ReuseCache
 from minireuse.unet import UNet
 
 PLANS = ["hurry", "interval", "hurry:kind=out,sites=self", "deepcache", "tgate", "pab", "hurry:k=2|deepcache:every=3"]
-CASES = [*zip(PLANS, itertools.cycle(DTYPES), strict=False), *(("hurry", dtype) for dtype in DTYPES)]
+CASES = dict.fromkeys([*zip(PLANS, itertools.cycle(DTYPES), strict=False), *(("hurry", dtype) for dtype in DTYPES)])
 
 
 @pytest.mark.parametrize(("expression", "dtype"), CASES)
