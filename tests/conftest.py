@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +82,24 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:
     return ((given - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums are added up in the order in which one of several processes adds them: the last bit can be compared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def in_two_processes(module: str, argv: list[str]) -> str:
+    """Run `python -m module` under torchrun, one thread each. Returns what was printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", module]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *argv], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="session")

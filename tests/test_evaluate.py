@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,8 @@ import minireuse
 from minireuse import evaluate, metrics, report
 from minireuse.metrics import fidelity, interval, ssim
 from minireuse.policies import build
+
+from conftest import in_two_processes
 
 COMMON = [
     "--steps",
@@ -115,12 +114,10 @@ def test_a_changed_plan_is_not_mixed_with_figures_of_the_old_one(
     assert "the journal of other work" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_give_the_figures_of_one(argv: list[str], tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    for name, many in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
-        command = [sys.executable, *many, "-m", "minireuse.evaluate", *argv, "--out", str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stderr
+    assert evaluate.main([*argv, "--out", str(tmp_path / "one")]) == 0
+    in_two_processes("minireuse.evaluate", [*argv, "--out", str(tmp_path / "two")])
     one, two = (json.loads((tmp_path / n / "results.json").read_text())["rows"] for n in ("one", "two"))
     for name in one:
         assert (one[name]["psnr"], one[name]["ssim"]) == (two[name]["psnr"], two[name]["ssim"])

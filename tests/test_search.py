@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,8 @@ from minireuse.phast import search as phast_search
 from minireuse.policies import hurry, select
 from minireuse.render import Renderer
 from minireuse.reuse import ReusePlan, Site
+
+from conftest import in_two_processes
 
 COMMON = ["--steps", "6", "--prompts", "2", "--check", "1", "--quiet", "--device", "cpu"]
 
@@ -165,17 +164,12 @@ def test_a_finished_search_is_not_made_again(run, tmp_path: Path) -> None:
     assert (tmp_path / "ddim-6-map-2.json").exists()
 
 
-def test_two_processes_find_the_plan_of_one(model_folder: Path, prompts: Path, tmp_path: Path) -> None:
-    common = ["--model", str(model_folder), "--prompts-file", str(prompts), *COMMON, "--reuse", "2"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    said = {}
-    for name, many in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
-        script = ["-m", "minireuse.search", *common, "--out", str(tmp_path / f"{name}.json")]
-        command = [sys.executable, *many, *script]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stderr
-        said[name] = done.stdout.count("U-Net calls made")
-    assert said == {"one": 1, "two": 1}  # one process speaks for both
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_find_the_plan_of_one(run, model_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    _, alone, _ = run("--reuse", "2", "--out", str(tmp_path / "one.json"))
+    argv = ["--model", str(model_folder), "--prompts-file", str(prompts), *COMMON, "--reuse", "2"]
+    together = in_two_processes("minireuse.search", [*argv, "--out", str(tmp_path / "two.json")])
+    assert (alone.count("U-Net calls made"), together.count("U-Net calls made")) == (1, 1)  # one speaks for both
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     for name in ("score", "score_start", "scores_unseen", "rounds", "plans_tried"):
         assert one["about"][name] == two["about"][name], name
