@@ -6,6 +6,8 @@ on half scenes that hold two, where it shows which shape goes where, and on whol
 2202.00512) on a schedule that ends in almost pure noise, without loss weights: with noise prediction on SD's own
 schedule this small model paints the right shapes on the wrong backgrounds. All the while the text encoder is asked what
 the captions say.
+
+`--start weights` goes on from a finished model instead, in a new run, on the views of --cycle alone: a fine-tuned one.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTokenizer
 
+from minireuse.checkpoint import load_parts
 from minireuse.config import ScheduleConfig, UNetConfig
 from minireuse.schedule import Schedule
 from minireuse.text import TextEncoder
@@ -32,7 +36,6 @@ from minireuse.vae import VAE
 
 from data import pictures, scene_at
 from make_tokenizer import make_tokenizer
-from pack import unpack
 from train_text import Reader, reading_losses, train_text
 from train_vae import CONFIG as VAE_CONFIG
 from train_vae import save_grid, to_tensor
@@ -160,8 +163,13 @@ def prepare(folder: Path, count: int, device: str, finished: Path | None = None)
     return whole, half, vae
 
 
-def run_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The run's tokenizer, made once: another version of a library must not renumber the words of a trained model."""
+def run_tokenizer(folder: Path, start: Path | None = None) -> CLIPTokenizer:
+    """The run's tokenizer, made once: another version of a library must not renumber the words of a trained model.
+
+    start: a model folder to take it from.
+    """
+    if start is not None and not folder.exists():
+        shutil.copytree(start / "tokenizer", folder)
     if (folder / "tokenizer_config.json").exists():
         return CLIPTokenizer.from_pretrained(folder)
     return make_tokenizer(folder)
@@ -204,9 +212,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--scenes", type=int, default=SCENES)
-    told = "steps on captions alone, of the text encoder; default: 600, or 0 with --start"
-    parser.add_argument("--text-steps", type=int, help=told)
-    parser.add_argument("--half-steps", type=int, default=2000, help="steps on scenes of half the size")
+    told = "steps {}; default: {}, or 0 with --start"
+    parser.add_argument("--text-steps", type=int, help=told.format("on captions alone, of the text encoder", 600))
+    parser.add_argument("--half-steps", type=int, help=told.format("on scenes of half the size", 2000))
     parser.add_argument("--steps", type=int, default=4700, help="further steps, on the views of --cycle")
     parser.add_argument(
         "--cycle", nargs="+", choices=VIEWS, default=CYCLE, help="views of the further steps, one a step, in turn"
@@ -218,26 +226,33 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--vae", type=Path, metavar="FOLDER", help="use this VAE, weights/vae for one, not the run's own"
     )
-    parser.add_argument("--start", type=Path, metavar="FILE", help="begin with these weights (of pack.py)")
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="begin with this model, VAE and all: weights, say")
+    parser.add_argument("--seed", type=int, default=0, help="of what begins random, and of what each step draws")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, for processors with such units")
     args = parser.parse_args(argv)
 
-    tokenizer = run_tokenizer(args.out / "tokenizer")
-    whole, half, vae = prepare(args.out, args.scenes, args.device, args.vae)
+    tokenizer = run_tokenizer(args.out / "tokenizer", args.start)
+    given_vae = args.vae or (args.start and args.start / "vae")
+    whole, half, vae = prepare(args.out, args.scenes, args.device, given_vae)
     scenes = [scene_at(0, i) for i in range(args.scenes)]
     shown_in = {v: [i for i, s in enumerate(scenes) if s.relation in BANDS.get(v, (s.relation,))] for v in VIEWS}
     alphas_cumprod = Schedule.from_config(SCHEDULE_CONFIG).alphas_cumprod
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     model = Model(tokenizer)
+    text_steps, half_steps = 600, 2000
     if args.start is not None:
-        model.load_state_dict(unpack(args.start), strict=False)  # buffers are not packed
-    text_steps = args.text_steps if args.text_steps is not None else 0 if args.start else 600
+        parts = load_parts(args.start, torch.float32)
+        model.unet.load_state_dict(parts.unet.state_dict())
+        model.text.load_state_dict(parts.text.state_dict())
+        text_steps = half_steps = 0
+    text_steps = text_steps if args.text_steps is None else args.text_steps
+    half_steps = half_steps if args.half_steps is None else args.half_steps
     train_text(model.text, model.reader, args.out, scenes, text_steps, 4 * args.batch, args.lr, args.device)
     model.to(args.device)
 
     def loss_at(step: int, view: str) -> dict[str, Tensor]:
-        rng = np.random.default_rng([2, VIEWS.index(view), step])
-        generator = torch.Generator().manual_seed(len(VIEWS) * step + VIEWS.index(view))
+        rng = np.random.default_rng([2, VIEWS.index(view), step, args.seed])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         batch = args.batch // 2 if view == "whole" else args.batch
         chosen = rng.choice(shown_in[view], batch, replace=len(shown_in[view]) < batch)
         x_0, shown = (half if view == "half" else whole)[chosen], [scenes[i] for i in chosen]
@@ -276,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
         args.out,
         model,
         lambda step: loss_at(step, "half"),
-        steps=args.half_steps,
+        steps=half_steps,
         peak_lr=args.lr,
         ema_decay=0.998,
         floor=0.5,  # where the next stage begins

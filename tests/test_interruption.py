@@ -86,11 +86,11 @@ WORK: dict[str, tuple[Callable[[list[str], Path], None], Callable[[Path], Any]]]
 
 
 @pytest.fixture(scope="module")
-def given(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+def given(smallest_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """The options that each kind of work shares with the run it is compared with."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text("a red circle\na star\na blue heart\na ring\n" * 3)
-    common = ["--model", str(model_folder), "--prompts-file", str(prompts)]
+    common = ["--model", str(smallest_folder), "--prompts-file", str(prompts)]
     return {
         "search": [*common, "--prompts", "1", "--check", "1", "--device", "cpu"],
         "evaluation": [*common, "--prompts", "4", "--batch-size", "1", "--device", "cpu"],

@@ -1,4 +1,4 @@
-"""The claims' experiments on a tiny model: they run, resume, and measure what they say."""
+"""The claims' experiments on a model of one block: they run, resume, and measure what they say."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ import reproduce
 from claims import Neighbours, Perturber, Study
 
 PROMPTS = ["a red circle", "a star", "a blue heart", "a ring"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(smallest_folder: Path) -> minireuse.Pipeline:
+    return minireuse.load(smallest_folder, device="cpu")
 
 
 @pytest.fixture
@@ -64,10 +69,10 @@ def test_single_reuse_damages_every_call_alike_often(study: Study) -> None:
 
 
 @pytest.fixture
-def given(model_folder: Path, tmp_path: Path, pipeline: minireuse.Pipeline) -> list[str]:
-    """The tiny model with plans that look searched, and prompts."""
+def given(smallest_folder: Path, tmp_path: Path, pipeline: minireuse.Pipeline) -> list[str]:
+    """The smallest model with plans that look searched, and prompts."""
     model = tmp_path / "model"
-    shutil.copytree(model_folder, model)
+    shutil.copytree(smallest_folder, model)
     (model / "plans").mkdir()
     for kind in reproduce.KINDS:
         plan = interval(4, select(pipeline.sites, kind=kind), k=2)

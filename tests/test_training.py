@@ -17,7 +17,6 @@ from minireuse.text import TextEncoder
 from minireuse.vae import VAE
 
 import export
-import pack
 import train_text
 import train_unet
 import train_vae
@@ -192,21 +191,6 @@ def test_latents_of_another_vae_are_not_mistaken_for_ones_own(tmp_path: Path) ->
     torch.testing.assert_close(other, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_packed_weights_come_back_to_a_part_in_254_of_their_row(tmp_path: Path) -> None:
-    values = {
-        "kernel": torch.randn(6, 4, 3, 3),
-        "matrix": torch.randn(5, 7),
-        "zero": torch.zeros(2, 2),
-        "bias": torch.ones(3),
-    }
-    save_file(pack.pack(values), tmp_path / "p.safetensors")
-    given = pack.unpack(tmp_path / "p.safetensors")
-    assert given.keys() == values.keys()
-    for name, value in values.items():
-        bound = value.abs().flatten(1).amax(dim=1) / 254 if value.ndim > 1 else torch.zeros(3)
-        assert ((given[name] - value).abs().reshape(len(value), -1).amax(dim=1) <= bound + 1e-6).all(), name
-
-
 def test_the_chain_from_scenes_to_a_folder_that_loads(tmp_path: Path) -> None:
     run = ["--out", str(tmp_path / "run")]
     train_vae.main([*run, "--steps", "1", "--images", "32", "--samples", "0"])
@@ -233,18 +217,12 @@ def test_the_chain_from_scenes_to_a_folder_that_loads(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="exists; name a new folder"):
         export.main(["--run", str(tmp_path / "run"), "--out", str(folder)])
     assert not list(tmp_path.rglob("*.part"))
-    pack.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "unet.safetensors")])
-    again = [
-        "--out",
-        str(tmp_path / "again"),
-        "--vae",
-        str(folder / "vae"),
-        "--start",
-        str(tmp_path / "unet.safetensors"),
-    ]
-    train_unet.main([*again, *options, "--half-steps", "0", "--steps", "0", "--device", "cpu"])
-    first, second = (load_file(tmp_path / run / "vae-standard.safetensors") for run in ("run", "again"))
-    assert all(torch.equal(first[name].half(), second[name].half()) for name in first)  # the VAE stays what it was
+    again = ["--out", str(tmp_path / "again"), "--start", str(folder), "--scenes", "32", "--batch", "4"]
+    train_unet.main([*again, "--steps", "1", "--lr", "0", "--seed", "1", "--samples", "0", "--device", "cpu"])
+    export.main(["--run", str(tmp_path / "again"), "--out", str(tmp_path / "same")])
+    for part in ("unet", "vae", "text_encoder"):  # it went on from there, and learned nothing at this rate
+        (first, second) = (load_file(next((f / part).glob("*.safetensors"))) for f in (folder, tmp_path / "same"))
+        assert all(torch.equal(first[name], second[name]) for name in first), part
     result = minireuse.load(folder, device="cpu").generate("a red circle", steps=2)
     assert result.images.shape == (1, 128, 128, 3)
     assert diffusers.StableDiffusionPipeline.from_pretrained(folder).unet.config.sample_size == 32
