@@ -266,8 +266,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="of timed runs")
     parser.add_argument("--draws", type=int, default=200, help="random plans")
     parser.add_argument("--calibration-file", type=Path, help="for the searches; default: the shipped prompts")
-    parser.add_argument("--layerwise-budget", default="18min", help="for the layer-wise search")
-    parser.add_argument("--search-budget", default="5min", help="for each of the searches it is compared with")
+    parser.add_argument("--layerwise-budget", default="12min", help="for the layer-wise search")
+    parser.add_argument("--search-budget", default="4min", help="for each of the searches it is compared with")
+    parser.add_argument("--sibling", type=Path, help="a second model that knows these prompts, to carry plans over to")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
     args = parser.parse_args(argv)
@@ -278,8 +279,10 @@ def main(argv: list[str] | None = None) -> None:
 
     prompts = read_lines(args.prompts_file or shipped_model() / "prompts" / "evaluation.txt")
     pipe, plans = minireuse.load(args.model), plans_of(args.model)
+    sibling = None if args.sibling is None else minireuse.load(args.sibling)
     settings = {
         "model": pipe.fingerprint,
+        "sibling": None if sibling is None else sibling.fingerprint,
         "steps": args.steps,
         "prompts": prompts[: args.prompts],
         "draws": args.draws,
@@ -289,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     journal = Journal(args.out / "journal.jsonl", settings)
-    study = Study(pipe, prompts, plans, args.steps, {} if args.model else families(prompts), journal)
+    study = Study(pipe, prompts, plans, args.steps, {} if args.model else families(prompts), sibling, journal)
     missing = [kind for kind in KINDS if not study.searched(kind)]
     if missing and any(name in NEED_PLANS for name in args.stages):
         raise ValueError(

@@ -86,10 +86,12 @@ def given(smallest_folder: Path, tmp_path: Path, pipeline: minireuse.Pipeline) -
 
 
 def test_every_claim_gets_its_verdict_and_its_figures(given: list[str], tmp_path: Path) -> None:
-    reproduce.main([*given, "--stages", *reproduce.STAGES])
+    reproduce.main([*given, "--sibling", str(tmp_path / "model")])
     report = (tmp_path / "out" / "report.md").read_text()
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(found) == list(reproduce.STAGES)
+    gains = found["generalisation"]["gains"]
+    assert gains["map, a sibling of the model"] == gains["map, as searched"]  # the sibling being the model itself
     assert {result["verdict"] for result in found.values()} <= {"holds", "does not hold", "unclear", "measured"}
     for name, (title, _) in reproduce.STAGES.items():
         assert f"## {title}: {found[name]['verdict']}\n\n{found[name]['text']}\n" in report
