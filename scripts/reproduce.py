@@ -309,9 +309,17 @@ def main(argv: list[str] | None = None) -> None:
         found = study.journal.known(f"stage/{name}", lambda stage=stage: json.loads(json.dumps(stage(args, study))))
         print(f"{title}: {found['verdict']}\n  {found['text']}", flush=True)
         finished = {n: study.journal.records[f"stage/{n}"] for n in STAGES if f"stage/{n}" in study.journal.records}
-        told = itertools.chain(*(section(args.out, n, result) for n, result in finished.items()))
-        write_whole([args.out / "report.md"], "\n".join([*lines, *told]).encode(), overwrite=True)
-        write_whole([args.out / "results.json"], json.dumps(finished, indent=1).encode(), overwrite=True)
+        report(args.out, lines, finished)
+
+
+def report(out: Path, head: Sequence[str], finished: dict[str, dict[str, Any]]) -> None:
+    """Write what the finished stages found: to be read, as a table of verdicts, and as data."""
+    text = [*head, *itertools.chain(*(section(out, name, found) for name, found in finished.items()))]
+    table = ["| claim | on this model |", "|---|---|"]
+    table += [f"| {STAGES[name][0]} | {found['verdict']} |" for name, found in finished.items()]
+    files = {"report.md": "\n".join(text), "verdicts.md": "\n".join(table) + "\n"}
+    for name, content in (files | {"results.json": json.dumps(finished, indent=1)}).items():
+        write_whole([out / name], content.encode(), overwrite=True)
 
 
 def section(out: Path, name: str, found: dict[str, Any]) -> list[str]:

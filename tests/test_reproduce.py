@@ -93,6 +93,8 @@ def test_every_claim_gets_its_verdict_and_its_figures(given: list[str], tmp_path
     gains = found["generalisation"]["gains"]
     assert gains["map, a sibling of the model"] == gains["map, as searched"]  # the sibling being the model itself
     assert {result["verdict"] for result in found.values()} <= {"holds", "does not hold", "unclear", "measured"}
+    verdicts = (tmp_path / "out" / "verdicts.md").read_text().splitlines()[2:]
+    assert verdicts == [f"| {title} | {found[name]['verdict']} |" for name, (title, _) in reproduce.STAGES.items()]
     for name, (title, _) in reproduce.STAGES.items():
         assert f"## {title}: {found[name]['verdict']}\n\n{found[name]['text']}\n" in report
     for plot in ("redundancy", "single", "growth", "heuristic", "precision"):
