@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="of timed runs")
     parser.add_argument("--draws", type=int, default=200, help="random plans")
     parser.add_argument("--calibration-file", type=Path, help="for the searches; default: the shipped prompts")
-    parser.add_argument("--layerwise-budget", default="12min", help="for the layer-wise search")
+    parser.add_argument("--layerwise-budget", default="18min", help="for the layer-wise search")
     parser.add_argument("--search-budget", default="4min", help="for each of the searches it is compared with")
     parser.add_argument("--sibling", type=Path, help="a second model that knows these prompts, to carry plans over to")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
