@@ -31,6 +31,7 @@ def step_wise(
     *,
     latency: Callable[[ReusePlan], float],
     budget: float,
+    order: int = 0,
     more: Callable[[], bool] = lambda: True,
     ranks: Ranks = ALONE,
     **options: Any,
@@ -38,11 +39,11 @@ def step_wise(
     """The best step-wise plan of at most `budget` latency, for the smallest number of reuse calls that can meet it and
     a few more: storing costs time, so a plan that reuses more may store more often.
 
-    latency: of a plan, as a fraction of the full sampler's. The others are `phast.search`'s.
+    latency: of a plan, as a fraction of the full sampler's. order: of the plans. The others are `phast.search`'s.
     Raises: PlanError where even reusing in every call but the first is too slow.
     """
     sites = tuple(sites)
-    fitting = hurries(calls, sites, latency, budget)
+    fitting = hurries(calls, sites, latency, budget, order)
     if not fitting:
         fastest = min(map(latency, hurries(calls, sites, latency, np.inf)))
         raise PlanError(
@@ -59,9 +60,11 @@ def step_wise(
     return replace(max(results, key=lambda result: result.score), finished=finished)
 
 
-def hurries(calls: int, sites: Iterable[Site], latency: Callable[[ReusePlan], float], budget: float) -> list[ReusePlan]:
+def hurries(
+    calls: int, sites: Iterable[Site], latency: Callable[[ReusePlan], float], budget: float, order: int = 0
+) -> list[ReusePlan]:
     """HURRY with every number of reuse calls that meets the budget, the smallest first."""
-    plans = (hurry(calls, sites, k=k) for k in range(calls))
+    plans = (replace(hurry(calls, sites, k=k), order=order) for k in range(calls))
     return [plan for plan in plans if latency(plan) <= budget]
 
 
@@ -93,6 +96,7 @@ def layerwise(
     score: Callable[[Any], float],
     latency: Callable[[ReusePlan], float],
     budget: float,
+    order: int = 0,
     journal: Journal | None = None,
     steepest: bool = False,
     more: Callable[[], bool] = lambda: True,
@@ -102,12 +106,12 @@ def layerwise(
     """A plan of at most `budget` latency: sensitivities, then greedily by damage per time saved, then swaps.
 
     score: mean PSNR in dB, of which the damage (mean squared error) is computed. latency: of a plan, as a fraction of
-    the full sampler's. The others are `phast.search`'s.
+    the full sampler's. order: of the plan. The others are `phast.search`'s.
 
     Raises: PlanError where the search budget ends before the sensitivities are known, or no plan is fast enough.
     """
     journal = Journal() if journal is None else journal
-    made = lambda state: grouped(state, groups)  # noqa: E731
+    made = lambda state: grouped(state, groups, order=order)  # noqa: E731
     damage = sensitivity(Tries(made, render, score, journal, more, on_try, ranks), calls, len(groups))
     start = made(greedy(damage, lambda state: latency(made(state)), budget))
     return search(

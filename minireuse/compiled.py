@@ -7,6 +7,7 @@ strict, runs the U-Net's own Python while it traces: no graph breaks, and nothin
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -21,7 +22,8 @@ from minireuse.tensors import reason
 from minireuse.unet import UNet
 
 Parts = tuple[Tensor, Tensor | None]  # values and scale of a `Kept`
-Graph = Callable[[Tensor, Tensor, Mapping[str, KV], Sequence[Parts]], tuple[Tensor, list[Parts]]]
+Read = Sequence[Sequence[Parts]]  # of each entry: the value, and the one before it where both are kept
+Graph = Callable[[Tensor, Tensor, Mapping[str, KV], Read], tuple[Tensor, list[Parts]]]
 
 
 class Call(nn.Module):
@@ -35,15 +37,14 @@ class Call(nn.Module):
         self.unet, self.step, self.read = unet, step, dict(read)
         self.options = cache.dtype, cache.device
 
-    def forward(
-        self, x: Tensor, t: Tensor, text: Mapping[str, KV], read: Sequence[Parts]
-    ) -> tuple[Tensor, list[Parts]]:
+    def forward(self, x: Tensor, t: Tensor, text: Mapping[str, KV], read: Read) -> tuple[Tensor, list[Parts]]:
         """Shapes: as in `UNet.forward`; what is read and what is stored in the order of the sites."""
         cache = ReuseCache(*self.options)
         for (site, entry), parts in zip(self.read.items(), read, strict=True):
-            cache.put(site, replace(entry, kept=Kept(*parts)))
+            kept, *before = (Kept(*part) for part in parts)
+            cache.put(site, replace(entry, kept=kept, before=before[0] if before else None))
         y = self.unet(x, t, TextKV(text), self.step, cache)
-        return y, [_parts(cache.entry(site)) for site in sorted(self.step.store)]
+        return y, [_parts(cache.entry(site).kept) for site in sorted(self.step.store)]
 
 
 class CompiledUNet:
@@ -74,11 +75,12 @@ class CompiledUNet:
         if type(cache) is not ReuseCache:
             raise ValueError("compiled calls show nobody their maps; use the U-Net as it is to watch them")
         read = {site: cache.entry(site) for site in sorted(step.reuse)}
-        parts = [_parts(entry) for entry in read.values()]
+        parts = [[_parts(kept) for kept in (e.kept, e.before) if kept is not None] for e in read.values()]
         time = torch.full((1,), float(t), device=x.device)
-        same = replace(step, last=frozenset())  # what is forgotten afterwards makes no other graph
+        same = replace(step, last=frozenset(), keep=frozenset())  # what is forgotten or stays makes no other graph
         stored = tuple(
-            (entry.dtype, entry.guided, _layout(*held)) for entry, held in zip(read.values(), parts, strict=True)
+            (entry.dtype, entry.guided, _layout(*itertools.chain(*held)))
+            for entry, held in zip(read.values(), parts, strict=True)
         )
         key = (same, stored, _layout(x, *next(iter(context.kv.values()))), cache.dtype, cache.device)
         try:
@@ -88,21 +90,24 @@ class CompiledUNet:
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             why = reason(getattr(error, "inner_exception", error))
             raise ValueError(f"the U-Net cannot be compiled here ({why}); leave out compiling") from None
-        for site, (values, scale) in zip(sorted(step.store), made, strict=True):
-            kept = Kept(
-                self._settle((site, "values"), values), None if scale is None else self._settle((site, "scale"), scale)
-            )
-            cache.put(site, Entry(kept, x.dtype, step.guided))
+        for site, new in zip(sorted(step.store), made, strict=True):
+            before = cache.before(site, step)
+            before = before and self._settle((site, "before"), *_parts(before))  # moved before its room is filled anew
+            cache.put(site, Entry(self._settle((site, "now"), *new), x.dtype, step.guided, before))
         cache.drop(step.last)
         return y.clone() if y.is_cuda else y  # the next replay of a CUDA graph writes over what this one returned
 
-    def _trace(self, call: Call, inputs: tuple[Tensor, Tensor, Mapping[str, KV], Sequence[Parts]]) -> Graph:
+    def _trace(self, call: Call, inputs: tuple[Tensor, Tensor, Mapping[str, KV], Read]) -> Graph:
         graph = torch.export.export(call, inputs, strict=False).module()
         mode = "reduce-overhead" if inputs[0].is_cuda else None  # CUDA graphs: one launch for a whole call
         return torch.compile(graph, fullgraph=True, dynamic=False, backend=self.backend, mode=mode)
 
-    def _settle(self, name: object, value: Tensor) -> Tensor:
-        """A tensor that a call has stored, where CUDA graphs may read it: always at the same address."""
+    def _settle(self, name: object, values: Tensor, scale: Tensor | None) -> Kept:
+        """What a call has stored, where CUDA graphs may read it: always at the same address."""
+        settled = None if scale is None else self._place((name, "scale"), scale)
+        return Kept(self._place((name, "values"), values), settled)
+
+    def _place(self, name: object, value: Tensor) -> Tensor:
         if not value.is_cuda:
             return value
         key = (name, _layout(value))
@@ -113,8 +118,8 @@ class CompiledUNet:
         return self._rooms[key].copy_(value)
 
 
-def _parts(entry: Entry) -> Parts:
-    return entry.kept.values, entry.kept.scale
+def _parts(kept: Kept) -> Parts:
+    return kept.values, kept.scale
 
 
 def _layout(*tensors: Tensor | None) -> object:

@@ -30,7 +30,7 @@ class _Ledger(ReuseCache):
         self.sites: dict[Site, int] = {}
 
     def put(self, site: Site, entry: Entry) -> None:
-        self.sites[site] = max(entry.kept.nbytes, self.sites.get(site, 0))
+        self.sites[site] = max(entry.nbytes, self.sites.get(site, 0))
         super().put(site, entry)
 
 

@@ -16,7 +16,7 @@ from minireuse.unet import UNet
 
 def unguided(plan: ReusePlan) -> ReusePlan:
     """The plan as a run without guidance follows it."""
-    return ReusePlan(plan.mask, plan.sites, (False,) * plan.calls)
+    return replace(plan, guided=(False,) * plan.calls)
 
 
 def guided_denoise(

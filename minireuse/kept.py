@@ -111,9 +111,37 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Line:
+    """Two kept values, read as the point beyond the later one on the line through both: linear extrapolation.
+
+    ahead: how far beyond, in distances between the two.
+    """
+
+    now: Kept
+    before: Kept
+    ahead: float
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """As `Kept.__matmul__`: the product is linear in the map, so no third map is made."""
+        return torch.lerp(self.before @ v, self.now @ v, 1 + self.ahead)
+
+    def read(self, like: Tensor) -> Tensor:
+        """As `Kept.read`."""
+        return torch.lerp(self.before.read(like), self.now.read(like), 1 + self.ahead)
+
+
+@dataclass(frozen=True)
 class Entry:
-    """A kept tensor and the computation that wrote it: its dtype, and whether it was guided, so with both halves."""
+    """A kept tensor and the computation that wrote it: its dtype, and whether it was guided, so with both halves.
+
+    before: the value of the same site that was kept before it, where both are needed.
+    """
 
     kept: Kept
     dtype: torch.dtype
     guided: bool
+    before: Kept | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.kept.nbytes + (0 if self.before is None else self.before.nbytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ def restrict(plan: ReusePlan, sites: Sequence[Site]) -> ReusePlan:
     """The plan for these sites alone; the others compute."""
     chosen = [site in set(sites) for site in plan.sites]
     kept = tuple(site for site, stays in zip(plan.sites, chosen, strict=True) if stays)
-    return ReusePlan(plan.mask[:, chosen], kept, plan.guided)
+    return replace(plan, mask=plan.mask[:, chosen], sites=kept)
 
 
 def choose(

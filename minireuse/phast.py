@@ -50,7 +50,8 @@ def search(
 ) -> SearchResult:
     """Improve a plan by moving one reuse call at a time, until no move improves the score.
 
-    plan: where to start, with k reuse calls; HURRY is the method's choice. sites: what reuses at those calls.
+    plan: where to start, with k reuse calls; HURRY is the method's choice. Plans that are tried have its order.
+    sites: what reuses at those calls.
     score: of what `render` gave; larger is better.
     groups: the sites in groups, each of which moves its own calls; without them plans are step-wise, the method's.
     allowed: False for plans that are not to be tried, for being too slow, say. The start is not asked about.
@@ -65,7 +66,7 @@ def search(
     sites = tuple(sites)
     state = _row(plan, k) if groups is None else _state(plan, groups)
     groups = [sites] if groups is None else groups
-    made = lambda state: grouped(state, groups, plan.guided)  # noqa: E731
+    made = lambda state: grouped(state, groups, plan.guided, plan.order)  # noqa: E731
     tries = Tries(made, render, score, Journal() if journal is None else journal, more, on_try, ranks)
     start = best = next((value for _, value in tries([state])), None)
     if start is None or best is None:
@@ -85,10 +86,12 @@ def search(
     return SearchResult(made(state), best, start, rounds, finished, tuple(tries.tried.items()))
 
 
-def grouped(state: np.ndarray, groups: Sequence[Sequence[Site]], guided: tuple[bool, ...] = ()) -> ReusePlan:
+def grouped(
+    state: np.ndarray, groups: Sequence[Sequence[Site]], guided: tuple[bool, ...] = (), order: int = 0
+) -> ReusePlan:
     """The plan in which the sites of a group reuse together. Shapes: state (calls, groups)."""
     columns = [g for g, group in enumerate(groups) for _ in group]
-    return ReusePlan(state[:, columns], tuple(site for group in groups for site in group), guided)
+    return ReusePlan(state[:, columns], tuple(site for group in groups for site in group), guided, order)
 
 
 class Tries:
@@ -136,7 +139,7 @@ def _state(plan: ReusePlan, groups: Sequence[Sequence[Site]]) -> np.ndarray:
     """Which calls each group reuses. Shapes: -> (calls, groups)."""
     column = dict(zip(plan.sites, plan.mask.T, strict=True))
     state = np.array([column.get(group[0], np.zeros(plan.calls, dtype=bool)) for group in groups]).T
-    if grouped(state, groups, plan.guided) != plan:
+    if grouped(state, groups, plan.guided, plan.order) != plan:
         raise PlanError("the search starts from a plan whose sites agree within each group; these do not")
     return state
 

@@ -10,13 +10,15 @@ import inspect
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from minireuse.reuse import KINDS, PlanError, ReusePlan, Site
-from minireuse.searched import Searched, fit, nearest, plans_of, read_plan
+from minireuse.searched import Searched, fit, nearest, plans_of, read_plan, told
 
 Policy = Callable[..., ReusePlan]
 
@@ -32,31 +34,31 @@ def hurry(calls: int, sites: Iterable[Site], *, k: int | None = None) -> ReusePl
     return _stepwise(calls, sites, range(calls - k, calls))
 
 
-def phast(calls: int, sites: Iterable[Site], *, k: int | None = None) -> ReusePlan:
+def phast(calls: int, sites: Iterable[Site], *, k: int | None = None, order: int = 0) -> ReusePlan:
     """PHAST: a plan found by search around HURRY. Of those that ship, the nearest; a warning says which.
 
     Knows neither model nor sampler and takes the plans of DDIM first; `phast_for` knows them.
     """
-    return phast_for(plans_of())(calls, sites, k=k)
+    return phast_for(plans_of())(calls, sites, k=k, order=order)
 
 
 def phast_for(plans: Iterable[Searched], sampler: str = "ddim", model: str = "") -> Policy:
     """The policy `phast` that chooses among these plans for this sampler and model (`Pipeline.fingerprint`)."""
     plans = list(plans)
 
-    def phast(calls: int, sites: Iterable[Site], *, k: int | None = None) -> ReusePlan:
+    def phast(calls: int, sites: Iterable[Site], *, k: int | None = None, order: int = 0) -> ReusePlan:
         k, sites = _reuse_count(calls, k), tuple(sites)
-        found = nearest(plans, calls, sites, k, sampler, model)
+        found = nearest(plans, calls, sites, k, sampler, model, order)
         advice = "`python -m minireuse.search` searches one for this setting"
         if found is None:
             warnings.warn(f"phast knows no plan for sites like these and takes hurry; {advice}", stacklevel=2)
-            return hurry(calls, sites, k=k)
+            return replace(hurry(calls, sites, k=k), order=order)
         plan, exact = found
         if not exact:
             whose = "" if plan.model == model else "with another model "
-            run = f"{sampler}, {calls} calls, {k} of them reused"
+            run = told(sampler, calls, k, order)
             warnings.warn(f"phast takes the plan searched {whose}for {plan}, fitted to {run}; {advice}", stacklevel=2)
-        return ReusePlan.stepwise(fit(plan.row, calls, k), sites)
+        return ReusePlan.stepwise(fit(plan.row, calls, k), sites, order)
 
     return phast
 
@@ -186,7 +188,8 @@ def build(
 ) -> ReusePlan:
     """The plan a text names: a policy, a plan file, or several joined by `|`.
 
-    Knobs follow a policy's name, as in `deepcache:every=3` or `hurry:k=5,kind=out,sites=cross`.
+    Knobs follow a policy's name, as in `deepcache:every=3` or `hurry:k=5,kind=out,sites=cross`. All of them have
+    `order`, that of the plan.
 
     sites: the model's; k, which, kind: for the policies that reuse the sites they are given; policies: by name.
     Raises: PlanError for an unknown name or knob, or what the policy itself refuses; OSError for an unreadable file.
@@ -230,8 +233,8 @@ def _term(
             raise PlanError(f"policy is {term!r}, expected one of {known}, or an existing plan file")
         return read_plan(Path(term))[0]
     policy = policies[name]
-    accepted = [p for p in inspect.signature(policy).parameters if p not in ("calls", "sites")]
-    knobs: dict[str, float | None] = {"k": k} if "k" in accepted else {}
+    own = [p for p in inspect.signature(policy).parameters if p not in ("calls", "sites")]
+    knobs: dict[str, Any] = {"order": 0} | ({"k": k} if "k" in own else {})
     for setting in filter(None, settings.split(",")):
         knob, _, value = setting.partition("=")
         if knob in ("kind", "sites") and name not in RELATIVES:
@@ -241,9 +244,12 @@ def _term(
             knobs[knob] = float(value) if "." in value else int(value)
         except ValueError:
             raise PlanError(f"policy {term}: {setting!r} is not knob=number") from None
-        if knob not in accepted:
-            raise PlanError(f"policy {term}: no knob {knob!r}; {name} has {', '.join(accepted) or 'none'}")
-    return policy(calls, sites if name in RELATIVES else select(sites, which, kind), **knobs)
+        if knob not in (*own, "order"):
+            known = ", ".join(dict.fromkeys([*own, "order"]))
+            raise PlanError(f"policy {term}: no knob {knob!r}; {name} has {known}")
+    chosen = sites if name in RELATIVES else select(sites, which, kind)
+    plan = policy(calls, chosen, **{knob: value for knob, value in knobs.items() if knob in own})
+    return replace(plan, order=knobs["order"])
 
 
 def _require_whole(name: str, value: float, least: int, most: int | None = None) -> None:

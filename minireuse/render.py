@@ -15,8 +15,9 @@ from minireuse.samplers import Denoise
 
 
 def did(step: StepPlan) -> StepPlan:
-    """What tells two calls apart; when an entry is dropped changes no result."""
-    return replace(step, last=frozenset())
+    """What tells the results of two calls apart: not what is kept or dropped, but for maps, whose kernel differs."""
+    maps = frozenset(site for site in step.store if site.kind == "map")
+    return replace(step, store=maps, last=frozenset(), keep=frozenset())
 
 
 def refill(plan: ReusePlan, first: int) -> set[int]:
@@ -24,15 +25,19 @@ def refill(plan: ReusePlan, first: int) -> set[int]:
 
     A call that stores may itself read what an earlier one stored, so this goes backwards.
     """
-    wanted: set[Site] = set()
-    for call in reversed(range(first, plan.calls)):
-        wanted = (wanted - plan.step(call).store) | plan.step(call).reuse
+    wanted: dict[Site, int] = {}  # how many of the site's last values are still to be read: two where they make a line
     again = set()
-    for call in reversed(range(first)):
+    for call in reversed(range(plan.calls)):
         step = plan.step(call)
-        if step.store & wanted:
+        if call < first:
+            if not any(wanted.get(site) for site in step.store):
+                continue
             again.add(call)
-            wanted = (wanted - step.store) | step.reuse
+        for site in step.store:
+            wanted[site] = max(0, wanted.get(site, 0) - 1)
+        lines = dict(step.ahead)
+        for site in step.reuse:
+            wanted[site] = max(wanted.get(site, 0), 2 if site in lines else 1)
     return again
 
 

@@ -6,263 +6,19 @@ U-Net's `forward` together with a `ReuseCache` that the caller owns. Modules loo
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from minireuse.files import parse_json, shown
-from minireuse.kept import DTYPES, Entry, Kept
+from minireuse.kept import DTYPES, Entry, Kept, Line
+from minireuse.plan import KINDS, ORDERS, PLAIN, PlanError, ReusePlan, Site, StepPlan
 
-KINDS = ("map", "out", "deep")
-
-
-class PlanError(ValueError):
-    """A plan that makes no sense, or does not fit the run it is used for."""
+__all__ = ["KINDS", "ORDERS", "PLAIN", "CacheError", "PlanError", "ReuseCache", "ReusePlan", "Site", "StepPlan"]
 
 
 class CacheError(RuntimeError):
     """A cached tensor is missing, or was written for another run than the one that reads it."""
-
-
-@dataclass(frozen=True, order=True)
-class Site:
-    """One reusable tensor of the U-Net: the path of a module, and which of its tensors.
-
-    Kinds: `map` is the probabilities after the softmax, `out` the attention's output before the residual, `deep` the
-    feature that enters this layer of the up path: where it is reused, nothing deeper in the U-Net runs.
-    """
-
-    address: str
-    kind: str
-    depth: int | None = field(default=None, compare=False)  # layers from the U-Net's ends; known to its own sites
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise PlanError(f"site kind is {shown(self.kind)}, expected one of {', '.join(KINDS)}")
-        if len(self.address) > 200:
-            raise PlanError(f"site address is {shown(self.address)}, expected the path of a module")
-
-    @property
-    def is_cross(self) -> bool:
-        """Whether it belongs to cross attention (diffusers' `attn2`) rather than self attention (`attn1`)."""
-        return self.address.endswith("attn2")
-
-    def skips(self, other: Site) -> bool:
-        """Whether reusing this site means that the other one is neither computed nor read."""
-        if self.kind == "deep":
-            if self.depth is None or other.depth is None:
-                raise PlanError("the plan does not know how deep its sites lie; call plan.on(pipe.sites) first")
-            return other.depth > self.depth
-        return self.kind == "out" and other.kind == "map" and other.address == self.address
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What one U-Net call does: the sites it reuses, those it stores, and those it reads for the last time.
-
-    half: sites stored by a guided call and reused by this unguided one.
-    """
-
-    reuse: frozenset[Site] = frozenset()
-    store: frozenset[Site] = frozenset()
-    last: frozenset[Site] = frozenset()
-    half: frozenset[Site] = frozenset()
-    guided: bool = True  # False: only the conditional half is computed at this call
-    explicit: bool = False  # write every attention map out even where it is not stored (the unfused baseline)
-
-
-PLAIN = StepPlan()  # an ordinary U-Net call
-
-
-@dataclass(frozen=True, eq=False)
-class ReusePlan:
-    """Which sites reuse at which calls: a boolean matrix, True = use again what this site last computed.
-
-    Shapes: mask (S, L), read-only; guided (S,), all True unless given.
-    Raises: PlanError for a mask of another shape, a reuse in call 0, or a repeated site.
-    """
-
-    mask: np.ndarray
-    sites: tuple[Site, ...]
-    guided: tuple[bool, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        mask = np.array(self.mask, dtype=bool)  # a copy: the plan's matrix must not change under it
-        sites = tuple(self.sites)
-        if mask.ndim != 2 or mask.shape[0] < 1 or mask.shape[1] != len(sites):
-            raise PlanError(f"plan mask has shape {mask.shape}, expected (calls, sites) with {len(sites)} sites")
-        if mask[0].any():
-            raise PlanError("plan reuses in call 0, where nothing has been computed yet; row 0 must be all False")
-        if len(set(sites)) != len(sites):
-            raise PlanError("plan names a site twice; each site may have one column")
-        guided = tuple(bool(g) for g in self.guided) or (True,) * len(mask)
-        if len(guided) != len(mask):
-            raise PlanError(f"plan says for {len(guided)} calls whether they are guided, expected {len(mask)}")
-        mask.setflags(write=False)
-        for name, value in (("mask", mask), ("sites", sites), ("guided", guided)):
-            object.__setattr__(self, name, value)
-
-    @classmethod
-    def stepwise(cls, reuse: Sequence[bool] | np.ndarray, sites: Iterable[Site]) -> ReusePlan:
-        """The paper's kind of plan: at each call all sites reuse, or none."""
-        sites = tuple(sites)
-        return cls(np.repeat(np.array(reuse, dtype=bool)[:, None], len(sites), axis=1), sites)
-
-    @classmethod
-    def nothing(cls, calls: int) -> ReusePlan:
-        """The full sampler: no site, no reuse."""
-        return cls(np.zeros((calls, 0), dtype=bool), ())
-
-    @property
-    def calls(self) -> int:
-        """The number of U-Net calls, S."""
-        return len(self.mask)
-
-    @property
-    def reused(self) -> int:
-        """The number of calls in which at least one site reuses."""
-        return int(self.mask.any(axis=1).sum())
-
-    @cached_property
-    def _uses(self) -> tuple[np.ndarray, np.ndarray]:
-        """Per call and site: is the cached tensor read, and is it computed? Neither where another reuse skips it."""
-        free = np.ones_like(self.mask)
-        for upper, column in zip(self.sites, self.mask.T, strict=True):
-            if column.any():
-                for i, lower in enumerate(self.sites):
-                    if upper.skips(lower):
-                        free[:, i] &= ~column
-        return self.mask & free, ~self.mask & free
-
-    @cached_property
-    def _steps(self) -> tuple[StepPlan, ...]:
-        read, computed = self._uses
-        names = ("reuse", "store", "last", "half")
-        sets: list[dict[str, set[Site]]] = [{name: set() for name in names} for _ in range(self.calls)]
-        for column, site in enumerate(self.sites):
-            readers: list[int] = []  # going backwards: the later calls that read the value as it stands after this one
-            for call in reversed(range(self.calls)):
-                if read[call, column]:
-                    sets[call]["reuse"].add(site)
-                    if not readers:
-                        sets[call]["last"].add(site)
-                    readers.append(call)
-                elif computed[call, column]:
-                    if readers:
-                        sets[call]["store"].add(site)
-                    for reader in readers:
-                        if self.guided[reader] and not self.guided[call]:
-                            where = f"{site.kind} of {site.address}"
-                            raise PlanError(f"the plan reuses {where} of unguided call {call} in a guided one")
-                        if self.guided[call] and not self.guided[reader]:
-                            sets[reader]["half"].add(site)
-                    readers = []
-        return tuple(
-            StepPlan(
-                frozenset(now["reuse"]), frozenset(now["store"]), frozenset(now["last"]), frozenset(now["half"]), guided
-            )
-            for now, guided in zip(sets, self.guided, strict=True)
-        )
-
-    def step(self, call: int) -> StepPlan:
-        """What to do at one call. A site stores only if a later call reads that value."""
-        return self._steps[call]
-
-    def on(self, sites: Iterable[Site]) -> ReusePlan:
-        """The same plan over a model's own sites, which know how deep they lie (a plan from a file does not).
-
-        Raises: PlanError where the model lacks a site.
-        """
-        own = {site: site for site in sites}
-        if unknown := [s for s in self.sites if s not in own]:
-            first = f"{unknown[0].kind} of {unknown[0].address} and {len(unknown) - 1} more sites"
-            raise PlanError(f"the plan names {first} that this model lacks; build the plan from this model's sites")
-        return ReusePlan(self.mask, tuple(own[s] for s in self.sites), self.guided)
-
-    def check_calls(self, calls: int, sampler: str) -> None:
-        """Raises: PlanError where the plan was made for another number of calls than the sampler makes."""
-        if self.calls != calls:
-            advice = "build it for the number of calls, which for some samplers is not that of steps"
-            raise PlanError(f"the plan is for {self.calls} U-Net calls but sampler {sampler} makes {calls}; {advice}")
-
-    @property
-    def grid(self) -> str | None:
-        """One '.' (compute) or '#' (reuse) per call where all sites agree, else None."""
-        reused = np.any(self.mask, axis=1)
-        return _draw(reused) if (reused == self.mask.T).all() else None
-
-    def __str__(self) -> str:
-        if self.grid is not None and all(self.guided):
-            return self.grid
-        rows = [f"{_draw(c)} {s.kind:4} {s.address}" for c, s in zip(self.mask.T, self.sites, strict=True)]
-        return "\n".join(rows if all(self.guided) else [*rows, f"{_draw(np.array(self.guided))} guided"])
-
-    def _key(self) -> tuple[Any, ...]:
-        columns = {s: c.tobytes() for s, c in zip(self.sites, self.mask.T, strict=True) if c.any()}
-        return self.calls, frozenset(columns.items()), self.guided
-
-    def __eq__(self, other: object) -> bool:
-        """Equal plans do the same: columns without reuse and the order of sites do not count."""
-        return self._key() == other._key() if isinstance(other, ReusePlan) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self._key())
-
-    def __or__(self, other: ReusePlan) -> ReusePlan:
-        """Reuse wherever either plan does; a call is guided only if it is in both. Raises: PlanError."""
-        if self.calls != other.calls:
-            raise PlanError(f"plans of {self.calls} and {other.calls} calls cannot be combined; make them equally long")
-        columns: dict[Site, np.ndarray] = {}
-        for plan in (self, other):
-            for site, column in zip(plan.sites, plan.mask.T, strict=True):
-                columns[site] = columns.get(site, np.zeros(self.calls, dtype=bool)) | column
-        mask = np.array(list(columns.values()), dtype=bool).reshape(len(columns), self.calls).T
-        return ReusePlan(mask, tuple(columns), tuple(a and b for a, b in zip(self.guided, other.guided, strict=True)))
-
-    def to_json(self) -> str:
-        """Readable JSON: a string of '.' and '#' per site, under its kind and address."""
-        drawn: dict[str, dict[str, str]] = {}
-        for site, column in zip(self.sites, self.mask.T, strict=True):
-            drawn.setdefault(site.kind, {})[site.address] = _draw(column)
-        data = {"format": "minireuse-plan", "calls": self.calls, "guided": _draw(np.array(self.guided)), "sites": drawn}
-        return json.dumps(data, indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> ReusePlan:
-        """The inverse of `to_json`. Raises: PlanError naming the field that is wrong."""
-        try:
-            data = parse_json(text)
-        except ValueError as error:
-            raise PlanError(f"plan is not JSON ({error}); expected what ReusePlan.to_json writes") from None
-        if not isinstance(data, Mapping) or data.get("format") != "minireuse-plan":
-            raise PlanError('plan has no "format": "minireuse-plan"; expected what ReusePlan.to_json writes')
-        if unknown := set(data) - {"format", "calls", "guided", "sites", "about"}:
-            raise PlanError(f"plan has the unknown field {shown(min(unknown))}; expected what ReusePlan.to_json writes")
-        calls, drawn = data.get("calls"), data.get("sites")
-        if not isinstance(calls, int) or isinstance(calls, bool) or not 1 <= calls <= 100_000:
-            raise PlanError(f"plan field calls is {shown(calls)}, expected a whole number from 1 to 100000")
-        if not isinstance(drawn, Mapping) or not all(isinstance(v, Mapping) for v in drawn.values()):
-            raise PlanError("plan field sites must be an object of kinds, each an object of addresses")
-        columns = {Site(a, kind): _parse(g, calls, a) for kind, group in drawn.items() for a, g in group.items()}
-        guided = _parse(data.get("guided", "#" * calls), calls, "guided")
-        mask = np.array(list(columns.values()), dtype=bool).reshape(len(columns), calls).T
-        return cls(mask, tuple(columns), tuple(bool(g) for g in guided))
-
-
-def _draw(row: np.ndarray) -> str:
-    return "".join(".#"[int(cell)] for cell in row)
-
-
-def _parse(drawn: Any, calls: int, where: str) -> np.ndarray:
-    if not isinstance(drawn, str) or len(drawn) != calls or set(drawn) - {".", "#"}:
-        raise PlanError(f"plan entry {shown(where)} is {shown(drawn)}, expected {calls} characters '.' or '#'")
-    return np.array([c == "#" for c in drawn])
 
 
 class ReuseCache:
@@ -284,7 +40,7 @@ class ReuseCache:
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
-        return sum(entry.kept.nbytes for entry in self._entries.values())
+        return sum(entry.nbytes for entry in self._entries.values())
 
     def clear(self) -> None:
         """Forget everything; the peak stays."""
@@ -292,8 +48,9 @@ class ReuseCache:
 
     def hold(self, site: Site, shape: Sequence[int], step: StepPlan, like: Tensor) -> Kept:
         """Room for a map (2B, K, N, M), as in `store`, to be filled block by block by a run of `like`'s dtype."""
+        before = self.before(site, step)
         kept = Kept.empty(shape, self.dtype, self.device or like.device)
-        self.put(site, Entry(kept, like.dtype, step.guided))
+        self.put(site, Entry(kept, like.dtype, step.guided, before))
         return kept
 
     def store(self, site: Site, value: Tensor, step: StepPlan, dtype: torch.dtype) -> None:
@@ -301,8 +58,14 @@ class ReuseCache:
 
         Shapes: (2B, ...) in a guided call, unconditional half first; (B, ...) in others.
         """
+        before = self.before(site, step)
         keep = Kept.of_map if site.kind == "map" else Kept.of
-        self.put(site, Entry(keep(value, self.dtype, self.device or value.device), dtype, step.guided))
+        self.put(site, Entry(keep(value, self.dtype, self.device or value.device), dtype, step.guided, before))
+
+    def before(self, site: Site, step: StepPlan) -> Kept | None:
+        """What is kept of a site that this step stores anew, taken out: to stay beside the new value, or forgotten."""
+        entry = self._entries.pop(site, None)
+        return entry.kept if entry is not None and site in step.keep else None
 
     def put(self, site: Site, entry: Entry) -> None:
         """Keep something as it is."""
@@ -324,19 +87,23 @@ class ReuseCache:
         """As `look_up`, as a tensor of the dtype and on the device of `like`."""
         return self.look_up(site, shape, step, like).read(like)
 
-    def look_up(self, site: Site, shape: Sequence[int], step: StepPlan, like: Tensor) -> Kept:
+    def look_up(self, site: Site, shape: Sequence[int], step: StepPlan, like: Tensor) -> Kept | Line:
         """What was stored, as it is kept; dropped from the cache if this is its last read.
 
         Raises: CacheError where nothing is stored, or it was stored at another shape, dtype or guidance layout.
         """
         entry = self.entry(site)
-        kept, guided = entry.kept, entry.guided
+        kept, guided, ahead = [entry.kept], entry.guided, dict(step.ahead).get(site)
+        if ahead is not None:
+            if entry.before is None:
+                raise CacheError(f"only one value is cached for {site.kind} of {site.address}, but two make a line")
+            kept.append(entry.before)
         if site in step.half and guided:
             # Where guidance has ended T-GATE goes on with the mean of both halves' cross attention (arXiv 2404.02747).
             averaged = site.kind == "out" and site.is_cross
-            kept, guided = kept.mean_of_halves() if averaged else kept.conditional(), False
+            kept, guided = [k.mean_of_halves() if averaged else k.conditional() for k in kept], False
         for what, stored, wanted in (
-            ("shape", tuple(kept.values.shape), tuple(shape)),
+            ("shape", tuple(kept[0].values.shape), tuple(shape)),
             ("dtype", entry.dtype, like.dtype),
             ("guidance", guided, step.guided),
         ):
@@ -347,4 +114,4 @@ class ReuseCache:
                 )
         if site in step.last:
             self.drop([site])
-        return kept
+        return kept[0] if ahead is None else Line(kept[0], kept[1], ahead)

@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from minireuse.pipeline import Pipeline
 from minireuse.policies import hurry, select
 from minireuse.ranks import Ranks, shared_status
 from minireuse.render import Renderer
-from minireuse.reuse import KINDS, ReusePlan, Site
+from minireuse.reuse import KINDS, ORDERS, ReusePlan, Site
 from minireuse.samplers import SAMPLERS
 from minireuse.searched import read_plan
 
@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--layerwise", action="store_true", help="let layers and kinds differ, within --budget-latency")
     p.add_argument("--kind", choices=KINDS, help="default: map; with --layerwise all of them side by side")
     p.add_argument("--sites", choices=("self", "cross", "both"), default="both")
+    p.add_argument("--order", type=int, choices=ORDERS, default=0, help="1: reuse the line through the last two values")
     add_guidance_option(p)
     p.add_argument("--prompts-file", type=Path, help="calibration prompts, one per line; default: the shipped model's")
     p.add_argument("--prompts", type=int, default=4, metavar="N", help="how many of them; prompt i takes seed i")
@@ -195,10 +196,11 @@ def make_jobs(args: argparse.Namespace, pipeline: Pipeline) -> list[Job]:
         some = [s for s in pipeline.sites if s in attention or (s.kind == "deep" and "deep" in kinds)]
         groups = list(groups_of(some, len(pipeline.unet.config.block_out_channels)).values())
     about = {"kind": "layerwise" if args.layerwise else kinds[0], "kinds": kinds, "sites": args.sites}
+    about["order"] = args.order
     counts = [] if args.budget_latency is not None else args.reuse or [calls // 2]
     for k in counts:
         hurry(calls, groups[0], k=k)  # refuses an impossible number before any work
-    stem = f"{args.sampler}-{args.steps}-{about['kind']}"
+    stem = f"{args.sampler}-{args.steps}-{about['kind']}" + f"-order{args.order}" * args.order
     names = [f"{stem}-{value}.json" for value in counts or [args.budget_latency]]
     if args.out.suffix == ".json" and len(names) > 1:
         raise ValueError(f"--out {args.out} names one file for {len(names)} plans; give a folder")
@@ -213,9 +215,9 @@ def approach(
 ) -> tuple[Callable[..., phast.SearchResult], dict[str, ReusePlan]]:
     """The search a job calls for, and the plans to score beside what it finds."""
     if costs is None:
-        start = hurry(calls, job.groups[0], k=job.k)
+        start = replace(hurry(calls, job.groups[0], k=job.k), order=args.order)
         return partial(phast.search, plan=start, sites=job.groups[0], k=job.k), {"hurry": start}
-    within: dict[str, Any] = {"latency": costs.latency, "budget": args.budget_latency}
+    within: dict[str, Any] = {"latency": costs.latency, "budget": args.budget_latency, "order": args.order}
     find: Callable[..., phast.SearchResult] = partial(step_wise, calls=calls, sites=job.groups[0], **within)
     alike = {job.about["kind"]: job.groups[0]}
     if args.layerwise:
@@ -223,7 +225,7 @@ def approach(
         alike = {kind: next(g for _, g in saving if g[0].kind == kind) for kind in job.about["kinds"]}
         worth = [g for saved, g in saving if -saved > LEAST * costs.plain]
         find = partial(layerwise, calls=calls, groups=worth, **within)
-    fitting = {kind: hurries(calls, sites, costs.latency, args.budget_latency) for kind, sites in alike.items()}
+    fitting = {kind: hurries(calls, sites, **within) for kind, sites in alike.items()}
     rivals = {f"hurry {kind}": plans[0] for kind, plans in fitting.items() if plans}
     return find, rivals
 

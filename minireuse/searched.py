@@ -38,7 +38,12 @@ class Searched:
         return tuple(cell == "#" for cell in self.plan.grid or "")
 
     def __str__(self) -> str:
-        return f"{self.sampler}, {self.plan.calls} calls, {self.plan.reused} of them reused"
+        return told(self.sampler, self.plan.calls, self.plan.reused, self.plan.order)
+
+
+def told(sampler: str, calls: int, reused: int, order: int) -> str:
+    """A setting that plans are searched for, in words."""
+    return f"{sampler}, {calls} calls, {reused} of them reused" + f" with order {order}" * (order > 0)
 
 
 def read_plan(path: Path) -> tuple[ReusePlan, dict[str, Any]]:
@@ -60,12 +65,12 @@ def plans_of(model: Path | None = None) -> list[Searched]:
 
 
 def nearest(
-    plans: Iterable[Searched], calls: int, sites: Iterable[Site], k: int, sampler: str, model: str
+    plans: Iterable[Searched], calls: int, sites: Iterable[Site], k: int, sampler: str, model: str, order: int = 0
 ) -> tuple[Searched, bool] | None:
     """The plan searched for what is most like this run, and whether it was searched for just this run.
 
-    A plan of the same model counts most, then one of the same sampler, sites, number of calls, share of reuse. None
-    where no plan reuses sites of this kind: what is a good place for a map is a poor one for deep features.
+    A plan of the same model counts most, then one of the same sampler, order, sites, number of calls, share of reuse.
+    None where no plan reuses sites of this kind: what is a good place for a map is a poor one for deep features.
     """
     sites = set(sites)
     kinds = {site.kind for site in sites}
@@ -74,6 +79,7 @@ def nearest(
         return (
             p.model != model,
             p.sampler != sampler,
+            p.plan.order != order,
             set(p.plan.sites) != sites,
             abs(math.log(p.plan.calls / calls)),
             abs(p.plan.reused / p.plan.calls - k / calls),

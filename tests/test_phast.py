@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,10 @@ def test_refill_names_the_calls_that_stored_what_is_still_read() -> None:
     b = Site("y.attn1", "map")
     both = plan("..####") | ReusePlan.stepwise([c == "#" for c in "....##"], [b])
     assert refill(both, 5) == {1, 3}
+    # Of order 1: the last two values that were computed, not all those that were kept one beside the other.
+    assert refill(replace(plan(".#.#.#.#"), order=1), 7) == {4, 6}
+    assert refill(replace(plan(".#.#.#.#"), order=1), 3) == {0, 2}
+    assert refill(replace(plan("..##.#"), order=1), 4) == {1}  # beside what call 4 will compute
 
 
 @pytest.mark.parametrize(
@@ -179,7 +184,8 @@ def test_shared_beginnings_change_no_bit(pipeline: minireuse.Pipeline, sampler: 
     outs = select(pipeline.sites, "cross", "out")
     guided = (True, False, *[True] * (calls - 2))
     plans += [ReusePlan.stepwise([i in at for i in range(calls)], outs) for at in ((1,), (1, 2))]
-    plans[-2:] = [ReusePlan(p.mask, p.sites, guided) for p in plans[-2:]]
+    plans[-2:] = [replace(plan, guided=guided) for plan in plans[-2:]]
+    plans += [replace(plan, order=1) for plan in (interval(calls, sites, k=calls // 2), plans[2], first, plans[-1])]
     plans += [first]
     for plan in plans:
         made = render.calls

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from minireuse.policies import POLICIES, build, select
@@ -109,6 +111,16 @@ def test_deep_selects_one_branch_counted_from_the_outside() -> None:
     assert select(SITES + DEEP, kind="deep", branch=2) == (DEEP[0],)
     with pytest.raises(PlanError, match="branch is 3, expected a whole number from 0 to 2"):
         select(SITES + DEEP, kind="deep", branch=3)
+
+
+def test_every_policy_may_be_of_order_1() -> None:
+    for name in POLICIES.keys() - {"phast"}:
+        plan, lines = (build(name + order, 6, SITES + DEEP) for order in ("", ":order=1"))
+        assert lines == replace(plan, order=1)
+    with pytest.raises(PlanError, match="plan order is 2"):
+        build("hurry:order=2", 6, SITES)
+    with pytest.raises(PlanError, match="no knob 'ordr'; none has order"):
+        build("none:ordr=1", 6, SITES)
 
 
 def test_a_term_may_name_its_own_kind_and_sites() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,68 @@ def test_deep_reuse_shadows_what_lies_deeper() -> None:
     assert [entry in p.step(i).store for i in range(4)] == [True, False, True, False]
 
 
+def test_order_1_keeps_the_last_two_values_as_long_as_a_line_needs_them() -> None:
+    #        0 1 2 3 4 5 6 7   computed at 0, 1, 3, 6; the reader at 2 is the first that has two values to go by
+    p = replace(plan("..#.##.#"), order=1)
+    assert [A in p.step(i).store for i in range(8)] == [c == "#" for c in "##.#..#."]
+    assert [A in p.step(i).keep for i in range(8)] == [c == "#" for c in ".#.#..#."]
+    assert [A in p.step(i).last for i in range(8)] == [c == "#" for c in ".......#"]
+    weights = {i: dict(p.step(i).ahead)[A] for i in range(8) if p.step(i).ahead}
+    assert weights == {2: 1.0, 4: 0.5, 5: 1.0, 7: 1 / 3}
+
+    # Call 1 reads all there is; what call 2 computes nobody reads with call 0's, so call 0's is dropped at call 1.
+    p = replace(plan(".#..#"), order=1)
+    assert [A in p.step(i).store for i in range(5)] == [c == "#" for c in "#.##."]
+    assert [A in p.step(i).keep for i in range(5)] == [c == "#" for c in "...#."]
+    assert [A in p.step(i).last for i in range(5)] == [c == "#" for c in ".#..#"]
+    assert [dict(p.step(i).ahead) for i in (1, 4)] == [{}, {A: 1.0}]
+
+
+@pytest.mark.parametrize("row", ["..#.##.#", ".#..#", "..#####.##", ".#.#.#.#.#"])
+@pytest.mark.parametrize("site", [A, A_OUT])
+def test_what_changes_in_a_straight_line_is_reused_without_error(row: str, site: Site) -> None:
+    """A value that moves by the same amount from call to call, but for the calls before it was computed twice."""
+    p = replace(plan(row, sites=(site,)), order=1)
+    first, slope, v = torch.rand(2, 3, 5, 7), torch.rand(2, 3, 5, 7), torch.rand(2, 3, 7, 4)
+    cache, computed = ReuseCache(torch.float32), 0
+    for call in range(p.calls):
+        step, value = p.step(call), first + call * slope
+        if site in step.reuse:
+            kept = cache.look_up(site, value.shape, step, like=v)
+            expected = value if computed > 1 else first
+            torch.testing.assert_close(kept.read(v), expected)
+            if site.kind == "map":
+                torch.testing.assert_close(kept @ v, torch.einsum("bknm,bkmd->bknd", expected, v))
+        else:
+            computed += 1
+        if site in step.store:
+            cache.store(site, value, step, torch.float32)
+        assert cache.nbytes <= 2 * first.numel() * 4
+    assert cache.peak_nbytes == 2 * first.numel() * 4
+    assert (len(cache), cache.nbytes) == (0, 0)
+
+
+def test_a_line_is_not_drawn_across_the_end_of_guidance() -> None:
+    guided = (True, True, True, True, False, False, False, False, False)
+    p = ReusePlan(plan("..#.#.#.#").mask, (A,), guided, order=1)
+    # Call 4, unguided, goes on along the conditional halves of calls 1 and 3; call 6 knows one unguided value only.
+    assert [sorted(dict(p.step(i).ahead).values()) for i in (2, 4, 6, 8)] == [[1.0], [0.5], [], [0.5]]
+    assert [A in p.step(i).half for i in (2, 4, 6, 8)] == [False, True, False, False]
+    cache, values = ReuseCache(torch.float32), {i: torch.full((4, 1, 1, 1), float(i * i)) for i in (0, 1, 3)}
+    for call, value in values.items():
+        value[2:] *= 10  # the conditional half
+        cache.store(A, value, p.step(call), torch.float32)
+    torch.testing.assert_close(cache.load(A, (2, 1, 1, 1), p.step(4), like=value), torch.full((2, 1, 1, 1), 130.0))
+
+
+def test_a_line_needs_two_values() -> None:
+    p, value = replace(plan("..#"), order=1), torch.rand(2, 1, 3, 3)
+    cache = ReuseCache()
+    cache.store(A, value, p.step(1), torch.float32)
+    with pytest.raises(CacheError, match=r"only one value is cached for map of down\.attn1"):
+        cache.load(A, value.shape, p.step(2), like=value)
+
+
 def test_plan_from_a_file_learns_depth_from_the_model() -> None:
     stranger = ReusePlan.from_json(plan(".#", "..", sites=(Site("a", "deep"), Site("b", "map"))).to_json())
     with pytest.raises(PlanError, match=r"plan\.on"):
@@ -81,6 +145,7 @@ def test_grid_and_str() -> None:
     assert str(dropped) == "..## map  down.attn1\n###. guided"
     assert p.calls == 4
     assert p.reused == 2
+    assert str(replace(plan("..##"), order=1)) == "..##\non the line through the last two values"
 
 
 def test_union_takes_both_and_all_sites() -> None:
@@ -90,6 +155,10 @@ def test_union_takes_both_and_all_sites() -> None:
     assert plan(".#..") | ReusePlan.nothing(4) == plan(".#..")
     unguided = ReusePlan(np.zeros((4, 0), dtype=bool), (), (True, True, False, False))
     assert (plan(".#..") | unguided).guided == (True, True, False, False)
+    lines = replace(plan(".#.."), order=1)
+    assert (lines | lines).order == 1
+    with pytest.raises(PlanError, match="order 0 and 1"):
+        lines | plan(".#..")
     with pytest.raises(PlanError, match="4 and 3 calls"):
         plan(".#..") | plan(".#.")
 
@@ -99,6 +168,8 @@ def test_equality_ignores_order_and_idle_sites() -> None:
     assert plan(".#.", "...", sites=(A, B)) == plan(".#.")
     assert hash(plan(".#.", "...", sites=(A, B))) == hash(plan(".#."))
     assert plan(".#.") != ".#."
+    assert plan(".#.") != replace(plan(".#."), order=1)
+    assert plan("...") == replace(plan("..."), order=1)
 
 
 def test_json_round_trip() -> None:
@@ -108,6 +179,9 @@ def test_json_round_trip() -> None:
     assert again == p
     assert again.sites == p.sites
     assert '"down.attn1": "..##"' in p.to_json()
+    lines = replace(p, order=1)
+    assert ReusePlan.from_json(lines.to_json()) == lines != again
+    assert ReusePlan.from_json(p.to_json().replace('  "order": 0,\n', "")) == p  # as plans were written before
 
 
 @pytest.mark.parametrize(
@@ -120,6 +194,9 @@ def test_json_round_trip() -> None:
         ('{"format": "minireuse-plan", "calls": 4, "sites": {}, "site": {}}', "unknown field 'site'"),
         ('{"format": "minireuse-plan", "calls": 2, "sites": {"map": {"' + 500 * "a" + '": ".#"}}}', "path of a module"),
         ("[" * 100000, "nested too deeply"),
+        ('{"format": "minireuse-plan", "calls": 4, "order": 2, "sites": {}}', "plan order is 2, expected 0"),
+        ('{"format": "minireuse-plan", "calls": 4, "order": true, "sites": {}}', "plan order is True, expected 0"),
+        ('{"format": "minireuse-plan", "calls": 4, "order": [], "sites": {}}', r"plan order is \[\], expected 0"),
         ('{"format": "minireuse-plan", "calls": 4, "sites": {"map": {"a": "..#"}}}', "4 characters"),
         ('{"format": "minireuse-plan", "calls": 4, "sites": {"map": {"a": "..x#"}}}', "4 characters"),
         ('{"format": "minireuse-plan", "calls": 4, "sites": {"maps": {"a": "...#"}}}', "kind"),

@@ -16,6 +16,7 @@ from minireuse.phast import search as phast_search
 from minireuse.policies import hurry, select
 from minireuse.render import Renderer
 from minireuse.reuse import ReusePlan, Site
+from minireuse.searched import read_plan
 
 from conftest import in_two_processes
 
@@ -62,6 +63,16 @@ def test_plan_file_holds_the_plan_and_its_story(run, tmp_path: Path, pipeline: m
     by_hand = phast_search(render, start, start.sites, k=2, score=lambda images: fidelity(images, reference).mean())
     assert by_hand.plan == plan
     assert by_hand.score == about["score"]
+
+
+def test_plans_of_order_1_are_searched_with_their_order(run, tmp_path: Path) -> None:
+    assert run("--reuse", "2", "3", "--order", "1", "--check", "0", "--out", str(tmp_path))[0] == 0
+    for path in (tmp_path / "ddim-6-map-order1-2.json", tmp_path / "ddim-6-map-order1-3.json"):
+        plan, about = read_plan(path)
+        assert (plan.order, about["order"]) == (1, 1)
+    status, _, err = run("--reuse", "2", "--order", "0", "--out", str(tmp_path / "ddim-6-map-order1-2.json"))
+    assert status == 2
+    assert "journal of other work" in err
 
 
 def test_ctrl_c_ends_a_search_quietly_and_it_goes_on(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,9 @@ def row(grid: str) -> tuple[bool, ...]:
 
 
 def written(
-    folder: Path, name: str, grid: str, model: str = "aa", sampler: str = "ddim", sites: tuple[Site, ...] = MAPS
+    folder: Path, name: str, grid: str, model: str = "aa", sampler: str = "ddim", sites: tuple = MAPS, order: int = 0
 ) -> Path:
-    plan = json.loads(ReusePlan.stepwise(row(grid), sites).to_json())
+    plan = json.loads(ReusePlan.stepwise(row(grid), sites, order).to_json())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(json.dumps(plan | {"about": {"model": model, "sampler": sampler}}))
     return folder / name
@@ -63,6 +63,20 @@ def test_a_plan_searched_for_this_very_run_is_taken_without_a_word(tmp_path: Pat
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert phast_for([plan], "ddim", "aa")(6, MAPS, k=3).grid == "..#.##"
+
+
+def test_plans_of_each_order_stand_for_themselves(tmp_path: Path) -> None:
+    written(tmp_path / "plans", "a.json", "..#.##")
+    written(tmp_path / "plans", "b.json", ".#.#.#", order=1)
+    policy = phast_for(plans_of(tmp_path), "ddim", "aa")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert policy(6, MAPS, k=3) == ReusePlan.stepwise(row("..#.##"), MAPS)
+        assert policy(6, MAPS, k=3, order=1) == ReusePlan.stepwise(row(".#.#.#"), MAPS, 1)
+    (tmp_path / "plans" / "b.json").unlink()
+    with pytest.warns(UserWarning, match="3 of them reused, fitted to ddim, 6 calls, 3 of them reused with order 1"):
+        plan = phast_for(plans_of(tmp_path), "ddim", "aa")(6, MAPS, k=3, order=1)
+    assert (plan.grid, plan.order) == ("..#.##", 1)
 
 
 def test_the_nearest_plan_is_taken_and_named(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "minireuse"
 TIERS = (
     ("files", "command", "kept", "devices"),
-    ("reader", "journal", "tensors", "reuse", "ranks"),
-    ("config",),
+    ("reader", "journal", "tensors", "plan", "ranks"),
+    ("config", "reuse"),
     ("schedule",),
     ("layers", "samplers", "searched", "phast"),
     ("attention", "policies"),

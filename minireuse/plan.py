@@ -1,0 +1,275 @@
+"""What can be reused, and when: sites and plans, without a model and without the tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from minireuse.files import parse_json, shown
+
+KINDS = ("map", "out", "deep")
+ORDERS = (0, 1)
+
+
+class PlanError(ValueError):
+    """A plan that makes no sense, or does not fit the run it is used for."""
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """One reusable tensor of the U-Net: the path of a module, and which of its tensors.
+
+    Kinds: `map` is the probabilities after the softmax, `out` the attention's output before the residual, `deep` the
+    feature that enters this layer of the up path: where it is reused, nothing deeper in the U-Net runs.
+    """
+
+    address: str
+    kind: str
+    depth: int | None = field(default=None, compare=False)  # layers from the U-Net's ends; known to its own sites
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise PlanError(f"site kind is {shown(self.kind)}, expected one of {', '.join(KINDS)}")
+        if len(self.address) > 200:
+            raise PlanError(f"site address is {shown(self.address)}, expected the path of a module")
+
+    @property
+    def is_cross(self) -> bool:
+        """Whether it belongs to cross attention (diffusers' `attn2`) rather than self attention (`attn1`)."""
+        return self.address.endswith("attn2")
+
+    def skips(self, other: Site) -> bool:
+        """Whether reusing this site means that the other one is neither computed nor read."""
+        if self.kind == "deep":
+            if self.depth is None or other.depth is None:
+                raise PlanError("the plan does not know how deep its sites lie; call plan.on(pipe.sites) first")
+            return other.depth > self.depth
+        return self.kind == "out" and other.kind == "map" and other.address == self.address
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one U-Net call does: the sites it reuses, those it stores, and those it reads for the last time.
+
+    half: sites stored by a guided call and reused by this unguided one.
+    keep: of the sites it stores, those whose value before stays beside the new one (plans of order 1).
+    ahead: of the sites it reuses, how far beyond the last value on the line through both, in distances between them.
+    """
+
+    reuse: frozenset[Site] = frozenset()
+    store: frozenset[Site] = frozenset()
+    last: frozenset[Site] = frozenset()
+    half: frozenset[Site] = frozenset()
+    keep: frozenset[Site] = frozenset()
+    ahead: frozenset[tuple[Site, float]] = frozenset()
+    guided: bool = True  # False: only the conditional half is computed at this call
+    explicit: bool = False  # write every attention map out even where it is not stored (the unfused baseline)
+
+
+PLAIN = StepPlan()  # an ordinary U-Net call
+
+
+@dataclass(frozen=True, eq=False)
+class ReusePlan:
+    """Which sites reuse at which calls: a boolean matrix, True = use again what this site last computed.
+
+    order: 0 uses the value as it was; 1 goes on along the line through the last two values, in proportion to the calls
+    between them (the first order of TaylorSeer, arXiv 2503.06923), as soon as the site has computed twice.
+
+    Shapes: mask (S, L), read-only; guided (S,), all True unless given.
+    Raises: PlanError for a mask of another shape, a reuse in call 0, a repeated site, or another order.
+    """
+
+    mask: np.ndarray
+    sites: tuple[Site, ...]
+    guided: tuple[bool, ...] = field(default=())
+    order: int = 0
+
+    def __post_init__(self) -> None:
+        mask = np.array(self.mask, dtype=bool)  # a copy: the plan's matrix must not change under it
+        sites = tuple(self.sites)
+        if mask.ndim != 2 or mask.shape[0] < 1 or mask.shape[1] != len(sites):
+            raise PlanError(f"plan mask has shape {mask.shape}, expected (calls, sites) with {len(sites)} sites")
+        if mask[0].any():
+            raise PlanError("plan reuses in call 0, where nothing has been computed yet; row 0 must be all False")
+        if len(set(sites)) != len(sites):
+            raise PlanError("plan names a site twice; each site may have one column")
+        if self.order not in ORDERS or isinstance(self.order, bool):
+            raise PlanError(f"plan order is {shown(self.order)}, expected 0 (the last value) or 1 (two and their line)")
+        guided = tuple(bool(g) for g in self.guided) or (True,) * len(mask)
+        if len(guided) != len(mask):
+            raise PlanError(f"plan says for {len(guided)} calls whether they are guided, expected {len(mask)}")
+        mask.setflags(write=False)
+        for name, value in (("mask", mask), ("sites", sites), ("guided", guided)):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def stepwise(cls, reuse: Sequence[bool] | np.ndarray, sites: Iterable[Site], order: int = 0) -> ReusePlan:
+        """The paper's kind of plan: at each call all sites reuse, or none."""
+        sites = tuple(sites)
+        return cls(np.repeat(np.array(reuse, dtype=bool)[:, None], len(sites), axis=1), sites, order=order)
+
+    @classmethod
+    def nothing(cls, calls: int) -> ReusePlan:
+        """The full sampler: no site, no reuse."""
+        return cls(np.zeros((calls, 0), dtype=bool), ())
+
+    @property
+    def calls(self) -> int:
+        """The number of U-Net calls, S."""
+        return len(self.mask)
+
+    @property
+    def reused(self) -> int:
+        """The number of calls in which at least one site reuses."""
+        return int(self.mask.any(axis=1).sum())
+
+    @cached_property
+    def _uses(self) -> tuple[np.ndarray, np.ndarray]:
+        """Per call and site: is the cached tensor read, and is it computed? Neither where another reuse skips it."""
+        free = np.ones_like(self.mask)
+        for upper, column in zip(self.sites, self.mask.T, strict=True):
+            if column.any():
+                for i, lower in enumerate(self.sites):
+                    if upper.skips(lower):
+                        free[:, i] &= ~column
+        return self.mask & free, ~self.mask & free
+
+    @cached_property
+    def _steps(self) -> tuple[StepPlan, ...]:
+        read, computed = self._uses
+        names = ("reuse", "store", "last", "half", "keep", "ahead")
+        sets: list[dict[str, Any]] = [{name: set() for name in names} for _ in range(self.calls)]
+        for column, site in enumerate(self.sites):
+            writers = np.flatnonzero(computed[:, column]).tolist()
+            ends = [*writers[1:], self.calls]
+            read_at = [[r for r in range(w + 1, end) if read[r, column]] for w, end in zip(writers, ends, strict=True)]
+            # Whether the readers of each value also read the one before it.
+            lines = [
+                self.order > 0 and i > 0 and bool(read_at[i]) and self.guided[writers[i - 1]] == self.guided[w]
+                for i, w in enumerate(writers)
+            ]
+            for i, (writer, readers) in enumerate(zip(writers, read_at, strict=True)):
+                needed_beside_the_next = i + 1 < len(lines) and lines[i + 1]
+                if readers or needed_beside_the_next:
+                    sets[writer]["store"].add(site)
+                if readers and not needed_beside_the_next:
+                    sets[readers[-1]]["last"].add(site)
+                if lines[i]:
+                    sets[writer]["keep"].add(site)
+                for reader in readers:
+                    sets[reader]["reuse"].add(site)
+                    if lines[i]:
+                        sets[reader]["ahead"].add((site, (reader - writer) / (writer - writers[i - 1])))
+                    if self.guided[reader] and not self.guided[writer]:
+                        where = f"{site.kind} of {site.address}"
+                        raise PlanError(f"the plan reuses {where} of unguided call {writer} in a guided one")
+                    if self.guided[writer] and not self.guided[reader]:
+                        sets[reader]["half"].add(site)
+        for now, guided in zip(sets, self.guided, strict=True):
+            now.update({name: frozenset(now[name]) for name in names}, guided=guided)
+        return tuple(StepPlan(**now) for now in sets)
+
+    def step(self, call: int) -> StepPlan:
+        """What to do at one call. A site stores only if a later call reads that value."""
+        return self._steps[call]
+
+    def on(self, sites: Iterable[Site]) -> ReusePlan:
+        """The same plan over a model's own sites, which know how deep they lie (a plan from a file does not).
+
+        Raises: PlanError where the model lacks a site.
+        """
+        own = {site: site for site in sites}
+        if unknown := [s for s in self.sites if s not in own]:
+            first = f"{unknown[0].kind} of {unknown[0].address} and {len(unknown) - 1} more sites"
+            raise PlanError(f"the plan names {first} that this model lacks; build the plan from this model's sites")
+        return replace(self, sites=tuple(own[s] for s in self.sites))
+
+    def check_calls(self, calls: int, sampler: str) -> None:
+        """Raises: PlanError where the plan was made for another number of calls than the sampler makes."""
+        if self.calls != calls:
+            advice = "build it for the number of calls, which for some samplers is not that of steps"
+            raise PlanError(f"the plan is for {self.calls} U-Net calls but sampler {sampler} makes {calls}; {advice}")
+
+    @property
+    def grid(self) -> str | None:
+        """One '.' (compute) or '#' (reuse) per call where all sites agree, else None."""
+        reused = np.any(self.mask, axis=1)
+        return _draw(reused) if (reused == self.mask.T).all() else None
+
+    def __str__(self) -> str:
+        rows = [f"{_draw(c)} {s.kind:4} {s.address}" for c, s in zip(self.mask.T, self.sites, strict=True)]
+        if self.grid is not None and all(self.guided):
+            rows = [self.grid]
+        elif not all(self.guided):
+            rows.append(f"{_draw(np.array(self.guided))} guided")
+        return "\n".join(rows + ["on the line through the last two values"] * self.order)
+
+    def _key(self) -> tuple[Any, ...]:
+        columns = {s: c.tobytes() for s, c in zip(self.sites, self.mask.T, strict=True) if c.any()}
+        return self.calls, frozenset(columns.items()), self.guided, self.order if columns else 0
+
+    def __eq__(self, other: object) -> bool:
+        """Equal plans do the same: columns without reuse and the order of sites do not count."""
+        return self._key() == other._key() if isinstance(other, ReusePlan) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __or__(self, other: ReusePlan) -> ReusePlan:
+        """Reuse wherever either plan does; a call is guided only if it is in both. Raises: PlanError."""
+        if self.calls != other.calls:
+            raise PlanError(f"plans of {self.calls} and {other.calls} calls cannot be combined; make them equally long")
+        if self.order != other.order:
+            raise PlanError("plans of order 0 and 1 cannot be combined; give both the same order")
+        columns: dict[Site, np.ndarray] = {}
+        for plan in (self, other):
+            for site, column in zip(plan.sites, plan.mask.T, strict=True):
+                columns[site] = columns.get(site, np.zeros(self.calls, dtype=bool)) | column
+        mask = np.array(list(columns.values()), dtype=bool).reshape(len(columns), self.calls).T
+        guided = tuple(a and b for a, b in zip(self.guided, other.guided, strict=True))
+        return ReusePlan(mask, tuple(columns), guided, self.order)
+
+    def to_json(self) -> str:
+        """Readable JSON: a string of '.' and '#' per site, under its kind and address."""
+        drawn: dict[str, dict[str, str]] = {}
+        for site, column in zip(self.sites, self.mask.T, strict=True):
+            drawn.setdefault(site.kind, {})[site.address] = _draw(column)
+        data: dict[str, Any] = {"format": "minireuse-plan", "calls": self.calls, "order": self.order}
+        return json.dumps(data | {"guided": _draw(np.array(self.guided)), "sites": drawn}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> ReusePlan:
+        """The inverse of `to_json`. Raises: PlanError naming the field that is wrong."""
+        try:
+            data = parse_json(text)
+        except ValueError as error:
+            raise PlanError(f"plan is not JSON ({error}); expected what ReusePlan.to_json writes") from None
+        if not isinstance(data, Mapping) or data.get("format") != "minireuse-plan":
+            raise PlanError('plan has no "format": "minireuse-plan"; expected what ReusePlan.to_json writes')
+        if unknown := set(data) - {"format", "calls", "order", "guided", "sites", "about"}:
+            raise PlanError(f"plan has the unknown field {shown(min(unknown))}; expected what ReusePlan.to_json writes")
+        calls, drawn = data.get("calls"), data.get("sites")
+        if not isinstance(calls, int) or isinstance(calls, bool) or not 1 <= calls <= 100_000:
+            raise PlanError(f"plan field calls is {shown(calls)}, expected a whole number from 1 to 100000")
+        if not isinstance(drawn, Mapping) or not all(isinstance(v, Mapping) for v in drawn.values()):
+            raise PlanError("plan field sites must be an object of kinds, each an object of addresses")
+        columns = {Site(a, kind): _parse(g, calls, a) for kind, group in drawn.items() for a, g in group.items()}
+        guided = _parse(data.get("guided", "#" * calls), calls, "guided")
+        mask = np.array(list(columns.values()), dtype=bool).reshape(len(columns), calls).T
+        return cls(mask, tuple(columns), tuple(bool(g) for g in guided), data.get("order", 0))
+
+
+def _draw(row: np.ndarray) -> str:
+    return "".join(".#"[int(cell)] for cell in row)
+
+
+def _parse(drawn: Any, calls: int, where: str) -> np.ndarray:
+    if not isinstance(drawn, str) or len(drawn) != calls or set(drawn) - {".", "#"}:
+        raise PlanError(f"plan entry {shown(where)} is {shown(drawn)}, expected {calls} characters '.' or '#'")
+    return np.array([c == "#" for c in drawn])
