@@ -27,13 +27,14 @@ from minireuse.journal import Journal
 from minireuse.metrics import fidelity
 from minireuse.options import add_guidance_option, add_model_options, load_model
 from minireuse.pipeline import Pipeline
-from minireuse.policies import hurry, select
+from minireuse.policies import POLICIES, hurry, select
 from minireuse.ranks import Ranks, shared_status
 from minireuse.render import Renderer
 from minireuse.reuse import KINDS, ORDERS, ReusePlan, Site
 from minireuse.samplers import SAMPLERS
 from minireuse.searched import read_plan
 
+STARTS = ("hurry", "interval", "early")
 LEAST = 0.01  # of a plain call: groups that save less are not worth searching
 
 
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--layerwise", action="store_true", help="let layers and kinds differ, within --budget-latency")
     p.add_argument("--kind", choices=KINDS, help="default: map; with --layerwise all of them side by side")
     p.add_argument("--sites", choices=("self", "cross", "both"), default="both")
+    p.add_argument("--start", choices=STARTS, default="hurry", help="the plan that moves begin at")
     p.add_argument("--order", type=int, choices=ORDERS, default=0, help="1: reuse the line through the last two values")
     add_guidance_option(p)
     p.add_argument("--prompts-file", type=Path, help="calibration prompts, one per line; default: the shipped model's")
@@ -107,6 +109,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         raise ValueError(f"--budget-latency is {latency}, expected a fraction of the full sampler's time, such as 0.7")
     if latency is not None and args.reuse:
         raise ValueError("--budget-latency chooses how many calls reuse; give it or --reuse, not both")
+    if latency is not None and args.start != "hurry":
+        raise ValueError(f"--start {args.start} goes with --reuse; with --budget-latency a search finds its own start")
     prompts = read_prompts(
         args.prompts_file, args.model, "calibration", args.prompts + args.check, "--prompts or --check"
     )
@@ -196,7 +200,7 @@ def make_jobs(args: argparse.Namespace, pipeline: Pipeline) -> list[Job]:
         some = [s for s in pipeline.sites if s in attention or (s.kind == "deep" and "deep" in kinds)]
         groups = list(groups_of(some, len(pipeline.unet.config.block_out_channels)).values())
     about = {"kind": "layerwise" if args.layerwise else kinds[0], "kinds": kinds, "sites": args.sites}
-    about["order"] = args.order
+    about |= {"order": args.order, "start": args.start}
     counts = [] if args.budget_latency is not None else args.reuse or [calls // 2]
     for k in counts:
         hurry(calls, groups[0], k=k)  # refuses an impossible number before any work
@@ -215,8 +219,9 @@ def approach(
 ) -> tuple[Callable[..., phast.SearchResult], dict[str, ReusePlan]]:
     """The search a job calls for, and the plans to score beside what it finds."""
     if costs is None:
-        start = replace(hurry(calls, job.groups[0], k=job.k), order=args.order)
-        return partial(phast.search, plan=start, sites=job.groups[0], k=job.k), {"hurry": start}
+        simple = dict.fromkeys(("hurry", args.start))
+        rivals = {n: replace(POLICIES[n](calls, job.groups[0], k=job.k), order=args.order) for n in simple}
+        return partial(phast.search, plan=rivals[args.start], sites=job.groups[0], k=job.k), rivals
     within: dict[str, Any] = {"latency": costs.latency, "budget": args.budget_latency, "order": args.order}
     find: Callable[..., phast.SearchResult] = partial(step_wise, calls=calls, sites=job.groups[0], **within)
     alike = {job.about["kind"]: job.groups[0]}

@@ -65,6 +65,18 @@ def test_plan_file_holds_the_plan_and_its_story(run, tmp_path: Path, pipeline: m
     assert by_hand.score == about["score"]
 
 
+def test_a_search_may_start_elsewhere(run, tmp_path: Path) -> None:
+    assert run("--reuse", "2", "--start", "interval", "--budget", "7", "--out", str(tmp_path / "p.json"))[0] == 0
+    plan, about = read_plan(tmp_path / "p.json")
+    assert plan.grid == "..#..#"  # the budget ended before any move
+    assert about["start"] == "interval"
+    assert set(about["scores_unseen"]) == {"phast", "hurry", "interval"}
+    within = ("--budget-latency", "0.9", "--start", "early", "--out", str(tmp_path / "q.json"))
+    status, _, err = run(*within)
+    assert status == 2
+    assert "--start early goes with --reuse" in err
+
+
 def test_plans_of_order_1_are_searched_with_their_order(run, tmp_path: Path) -> None:
     assert run("--reuse", "2", "3", "--order", "1", "--check", "0", "--out", str(tmp_path))[0] == 0
     for path in (tmp_path / "ddim-6-map-order1-2.json", tmp_path / "ddim-6-map-order1-3.json"):
