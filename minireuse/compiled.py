@@ -91,8 +91,9 @@ class CompiledUNet:
             why = reason(getattr(error, "inner_exception", error))
             raise ValueError(f"the U-Net cannot be compiled here ({why}); leave out compiling") from None
         for site, new in zip(sorted(step.store), made, strict=True):
-            before = cache.before(site, step)
-            before = before and self._settle((site, "before"), *_parts(before))  # moved before its room is filled anew
+            before = cache.set_aside(site, step)
+            if before is not None:  # it moves out of its room before that is filled anew
+                before = self._settle((site, "before"), *_parts(before))
             cache.put(site, Entry(self._settle((site, "now"), *new), x.dtype, step.guided, before))
         cache.drop(step.last)
         return y.clone() if y.is_cuda else y  # the next replay of a CUDA graph writes over what this one returned

@@ -35,7 +35,9 @@ from minireuse.report import FULL, KERNELS, summarise, write_report
 from minireuse.reuse import ReuseCache, ReusePlan
 from minireuse.samplers import SAMPLERS
 
-DEFAULT = ("hurry", "phast", "phast:kind=out", "phast:kind=deep", "interval", "deepcache", "tgate", "pab")
+SEARCHED = ("phast", "phast:kind=out", "phast:kind=deep")
+LINES = ("phast:order=1", "phast:kind=out,order=1", "phast:kind=deep,order=1")
+DEFAULT = ("hurry", *SEARCHED, *LINES, "interval", "deepcache", "tgate", "pab")
 SEED = 1000  # of the first prompt; searches use those from 0
 T = TypeVar("T")
 FEWER = (0.75, 0.65, 0.5)  # of the steps, for the plain sampler

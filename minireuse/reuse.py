@@ -48,7 +48,7 @@ class ReuseCache:
 
     def hold(self, site: Site, shape: Sequence[int], step: StepPlan, like: Tensor) -> Kept:
         """Room for a map (2B, K, N, M), as in `store`, to be filled block by block by a run of `like`'s dtype."""
-        before = self.before(site, step)
+        before = self.set_aside(site, step)
         kept = Kept.empty(shape, self.dtype, self.device or like.device)
         self.put(site, Entry(kept, like.dtype, step.guided, before))
         return kept
@@ -58,12 +58,12 @@ class ReuseCache:
 
         Shapes: (2B, ...) in a guided call, unconditional half first; (B, ...) in others.
         """
-        before = self.before(site, step)
+        before = self.set_aside(site, step)
         keep = Kept.of_map if site.kind == "map" else Kept.of
         self.put(site, Entry(keep(value, self.dtype, self.device or value.device), dtype, step.guided, before))
 
-    def before(self, site: Site, step: StepPlan) -> Kept | None:
-        """What is kept of a site that this step stores anew, taken out: to stay beside the new value, or forgotten."""
+    def set_aside(self, site: Site, step: StepPlan) -> Kept | None:
+        """Take out what is kept of a site that this step stores anew; it is returned where it stays beside that."""
         entry = self._entries.pop(site, None)
         return entry.kept if entry is not None and site in step.keep else None
 
