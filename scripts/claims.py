@@ -60,12 +60,12 @@ class Study:
         return Renderer(settings.pop("pipe"), chosen, [SEED + i for i in range(len(chosen))], **settings)
 
     def searched(self, kind: str) -> list[Searched]:
-        """The plans that a search found for this very model, DDIM, these steps, and half of the calls reused."""
+        """The plans of order 0 that a search found for this very model, DDIM, these steps, half of the calls reused."""
         return [
             p
             for p in self.plans
             if (p.model, p.sampler) == (self.pipe.fingerprint, "ddim")
-            and (p.plan.calls, p.plan.reused) == (self.steps, self.steps // 2)
+            and (p.plan.calls, p.plan.reused, p.plan.order) == (self.steps, self.steps // 2, 0)
             and {site.kind for site in p.plan.sites} == {kind}
         ]
 

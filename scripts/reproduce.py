@@ -38,11 +38,14 @@ import matplotlib.pyplot as plt
 
 Stage = Callable[[argparse.Namespace, Study], dict[str, Any]]
 KINDS = ("map", "out", "deep")
+SEARCHED = {"map": "phast", "out": "phast:kind=out", "deep": "phast:kind=deep"}  # policies, of order 0
 POLICIES = [
     "hurry",
     "phast",
     *(f"{name}:kind={kind}" for kind in KINDS[1:] for name in ("hurry", "phast")),
     "deepcache",
+    *(f"phast:kind={kind},order=1" for kind in KINDS),
+    *(f"{name}:kind=deep,order=1" for name in ("interval", "hurry")),
 ]
 
 
@@ -55,6 +58,11 @@ def evaluation(args: argparse.Namespace, name: str, policies: list[str], *more: 
         own += ["--out", str(out), "--policies", *policies]
         done(evaluate.main([*model, *own, *more]), f"the evaluation {name}")
     return json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+
+def compared(args: argparse.Namespace) -> dict[str, Any]:
+    """The one evaluation that several claims are about."""
+    return evaluation(args, "policies", POLICIES, "--equal-latency", "--fid", "vae")
 
 
 def done(status: int, what: str) -> None:
@@ -78,7 +86,7 @@ def chain(args: argparse.Namespace, study: Study) -> dict[str, Any]:
 
     Of equal latency with the fused kernel, and with every map written out, as it was when the method was published.
     """
-    results = evaluation(args, "policies", POLICIES, "--equal-latency", "--fid", "vae")
+    results = compared(args)
     rows, (fused, explicit) = results["rows"], (results["equal_latency"][kernel] for kernel in KERNELS)
     pairs = {
         "PHAST over HURRY (map)": ("phast", "hurry"),
@@ -104,15 +112,14 @@ def chain(args: argparse.Namespace, study: Study) -> dict[str, Any]:
 
 def tensors(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     """Claim 7: what each kind of tensor costs and saves."""
-    summary = summarise(evaluation(args, "policies", POLICIES, "--equal-latency", "--fid", "vae"), FULL)
-    names = {"map": "phast", "out": "phast:kind=out", "deep": "phast:kind=deep"}
+    summary = summarise(compared(args), FULL)
     text = "; ".join(
         f"{kind}: {summary[n]['psnr']:.1f} dB at {summary[n]['seconds_ratio']:.2f} of the time "
         f"({summary[n]['seconds_explicit_ratio']:.2f} with explicit maps), {summary[n]['cache_mib']:.2f} MiB"
-        for kind, n in names.items()
+        for kind, n in SEARCHED.items()
     )
-    best = max(names, key=lambda kind: summary[names[kind]]["psnr"])
-    fastest = min(names, key=lambda kind: summary[names[kind]]["seconds_ratio"])
+    best = max(SEARCHED, key=lambda kind: summary[SEARCHED[kind]]["psnr"])
+    fastest = min(SEARCHED, key=lambda kind: summary[SEARCHED[kind]]["seconds_ratio"])
     return {"verdict": "measured", "text": f"{text}. Closest: {best}; fastest: {fastest}"}
 
 
@@ -173,7 +180,7 @@ def together(args: argparse.Namespace, study: Study) -> dict[str, Any]:
 
 def quality(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     """Claim 11: as a set, and against their prompts, the images are as good as the full sampler's."""
-    results = evaluation(args, "policies", POLICIES, "--equal-latency", "--fid", "vae")
+    results = compared(args)
     rows, summary = results["rows"], summarise(results, FULL)
     close = [n for n, r in summary.items() if r["psnr"] >= 30 and n != FULL and "follows" in r]
     drops = {n: interval(np.subtract(rows[FULL]["follows"], rows[n]["follows"])) for n in close}
@@ -185,6 +192,28 @@ def quality(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     text += f". The distances are of {args.prompts} images: compare them with each other only"
     holds = bool(drops) and all(high < 0.03 for _, high in drops.values())
     return {"verdict": verdict(holds, any(low > 0.03 for low, _ in drops.values())), "text": text}
+
+
+def lines(args: argparse.Namespace, study: Study) -> dict[str, Any]:
+    """Claim 12, not the paper's: to go on along the line through the last two values beats holding the last one."""
+    results = compared(args)
+    rows, twins = results["rows"], results["equal_latency"][KERNELS[0]]
+    best = "phast:kind=deep,order=1"
+    pairs = {f"PHAST ({kind})": (f"phast:kind={kind},order=1", name) for kind, name in SEARCHED.items()}
+    pairs["evenly spread (deep)"] = ("interval:kind=deep,order=1", "deepcache")  # the same calls
+    others = {"HURRY (deep)": ("hurry:kind=deep,order=1", "hurry:kind=deep")}
+    others["PHAST (deep) over DeepCache"] = (best, "deepcache")
+    if twins[best] != FULL:
+        others[f"PHAST (deep) over {twins[best]}"] = (best, twins[best])
+    gains = {name: np.subtract(rows[a]["psnr"], rows[b]["psnr"]) for name, (a, b) in (pairs | others).items()}
+    ends = {name: interval(values) for name, values in gains.items()}
+    text = "order 1 over order 0: " + ", ".join(
+        f"{n} {gains[n].mean():+.1f} dB [{low:+.1f}, {high:+.1f}]" for n, (low, high) in ends.items()
+    )
+    used = dict.fromkeys(name for pair in (pairs | others).values() for name in pair)
+    text += f". Of the full sampler's time, fused and explicit: {times(rows, *used)}"
+    holds, fails = all(ends[n][0] > 0 for n in pairs), any(ends[n][1] < 0 for n in pairs)
+    return {"verdict": verdict(holds, fails), "text": text}
 
 
 STAGES: dict[str, tuple[str, Stage]] = {
@@ -208,13 +237,14 @@ STAGES: dict[str, tuple[str, Stage]] = {
     "layerwise": ("9. Layer-wise plans beat step-wise ones at equal latency", layerwise),
     "together": ("10. Reuse and fewer steps add up", together),
     "quality": ("11. Quality as a set does not fall where PSNR is high", quality),
+    "lines": ("12. Extrapolated values are closer than held ones, in searched and in even plans", lines),
 }
 
 
 PANELS = {"change": "relative change since the call before", "cosine": "cosine with the call before"}
 
 
-NEED_PLANS = ("chain", "generalisation", "tensors", "together", "quality")
+NEED_PLANS = ("chain", "generalisation", "tensors", "together", "quality", "lines")
 
 
 def draw(name: str, found: dict[str, Any], path: Path) -> bool:
