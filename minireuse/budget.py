@@ -45,7 +45,7 @@ def step_wise(
     sites = tuple(sites)
     fitting = hurries(calls, sites, latency, budget, order)
     if not fitting:
-        fastest = min(map(latency, hurries(calls, sites, latency, np.inf)))
+        fastest = min(map(latency, hurries(calls, sites, latency, np.inf, order)))
         raise PlanError(
             f"no plan over these sites takes {budget} of the full sampler's time; the fastest {fastest:.3f}"
         )

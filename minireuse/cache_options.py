@@ -30,6 +30,7 @@ def foretell(args: argparse.Namespace, plan: ReusePlan, batch: int) -> dict[str,
         "calls": plan.calls,
         "reused": plan.reused,
         "plan": plan.grid,
+        "order": plan.order,
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ from minireuse.unet import UNet
 
 Parts = tuple[Tensor, Tensor | None]  # values and scale of a `Kept`
 Read = Sequence[Sequence[Parts]]  # of each entry: the value, and the one before it where both are kept
-Graph = Callable[[Tensor, Tensor, Mapping[str, KV], Read], tuple[Tensor, list[Parts]]]
+Inputs = tuple[Tensor, Tensor, Mapping[str, KV], Read, Sequence[Tensor]]
+Graph = Callable[..., tuple[Tensor, list[Parts]]]  # of `Inputs`
 
 
 class Call(nn.Module):
@@ -37,13 +39,19 @@ class Call(nn.Module):
         self.unet, self.step, self.read = unet, step, dict(read)
         self.options = cache.dtype, cache.device
 
-    def forward(self, x: Tensor, t: Tensor, text: Mapping[str, KV], read: Read) -> tuple[Tensor, list[Parts]]:
-        """Shapes: as in `UNet.forward`; what is read and what is stored in the order of the sites."""
+    def forward(
+        self, x: Tensor, t: Tensor, text: Mapping[str, KV], read: Read, ahead: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Parts]]:
+        """Shapes: as in `UNet.forward`; what is read and what is stored in the order of the sites.
+
+        ahead: how far beyond the last value, of the sites that make a line: no constant, or each place had its graph.
+        """
         cache = ReuseCache(*self.options)
         for (site, entry), parts in zip(self.read.items(), read, strict=True):
             kept, *before = (Kept(*part) for part in parts)
             cache.put(site, replace(entry, kept=kept, before=before[0] if before else None))
-        y = self.unet(x, t, TextKV(text), self.step, cache)
+        lines = zip(sorted(site for site, _ in self.step.ahead), cast(Sequence[float], ahead), strict=True)
+        y = self.unet(x, t, TextKV(text), replace(self.step, ahead=frozenset(lines)), cache)
         return y, [_parts(cache.entry(site).kept) for site in sorted(self.step.store)]
 
 
@@ -77,7 +85,10 @@ class CompiledUNet:
         read = {site: cache.entry(site) for site in sorted(step.reuse)}
         parts = [[_parts(kept) for kept in (e.kept, e.before) if kept is not None] for e in read.values()]
         time = torch.full((1,), float(t), device=x.device)
-        same = replace(step, last=frozenset(), keep=frozenset())  # what is forgotten or stays makes no other graph
+        lines = dict(step.ahead)
+        ahead = [torch.full((), lines[site], device=x.device) for site in sorted(lines)]
+        # What is forgotten or stays makes no other graph, nor does how far ahead a value is read.
+        same = replace(step, last=frozenset(), keep=frozenset(), ahead=frozenset((site, 0.0) for site in lines))
         stored = tuple(
             (entry.dtype, entry.guided, _layout(*itertools.chain(*held)))
             for entry, held in zip(read.values(), parts, strict=True)
@@ -85,8 +96,8 @@ class CompiledUNet:
         key = (same, stored, _layout(x, *next(iter(context.kv.values()))), cache.dtype, cache.device)
         try:
             if key not in self.graphs:
-                self.graphs[key] = self._trace(Call(self.unet, same, read, cache), (x, time, context.kv, parts))
-            y, made = self.graphs[key](x, time, context.kv, parts)  # compiles at the first time
+                self.graphs[key] = self._trace(Call(self.unet, same, read, cache), (x, time, context.kv, parts, ahead))
+            y, made = self.graphs[key](x, time, context.kv, parts, ahead)  # compiles at the first time
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             why = reason(getattr(error, "inner_exception", error))
             raise ValueError(f"the U-Net cannot be compiled here ({why}); leave out compiling") from None
@@ -98,7 +109,7 @@ class CompiledUNet:
         cache.drop(step.last)
         return y.clone() if y.is_cuda else y  # the next replay of a CUDA graph writes over what this one returned
 
-    def _trace(self, call: Call, inputs: tuple[Tensor, Tensor, Mapping[str, KV], Read]) -> Graph:
+    def _trace(self, call: Call, inputs: Inputs) -> Graph:
         graph = torch.export.export(call, inputs, strict=False).module()
         mode = "reduce-overhead" if inputs[0].is_cuda else None  # CUDA graphs: one launch for a whole call
         return torch.compile(graph, fullgraph=True, dynamic=False, backend=self.backend, mode=mode)

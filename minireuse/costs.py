@@ -64,10 +64,11 @@ def measure(
     rounds: int = 9,
     size: tuple[int, int] | None = None,
     cache_dtype: torch.dtype = torch.float16,
+    order: int = 0,
 ) -> Costs:
     """Time guided calls for one image: plain, storing and reusing each group, in turn.
 
-    size: of the latents; None is the model's own.
+    size: of the latents; None is the model's own. order: of the plans; of order 1 a call reads two values.
     Machines are noisy: the kinds of call alternate, and of what a group adds in each round the median counts.
     """
     config = pipeline.unet.config
@@ -89,9 +90,13 @@ def measure(
         usual = seconds(PLAIN)
         plain.append(usual)
         for g, group in enumerate(groups):
+            sites = frozenset(group)
             # Storing comes first: it also fills the cache that reusing reads.
-            added[2 * g].append(seconds(StepPlan(store=frozenset(group))) - usual)
-            added[2 * g + 1].append(seconds(StepPlan(reuse=frozenset(group))) - usual)
+            for _ in range(order):
+                seconds(StepPlan(store=sites))
+            added[2 * g].append(seconds(StepPlan(store=sites, keep=sites)) - usual)
+            ahead = frozenset((site, 1.0) for site in sites) if order else frozenset()
+            added[2 * g + 1].append(seconds(StepPlan(reuse=sites, ahead=ahead)) - usual)
             cache.clear()
         if i == 0:  # warms up
             plain, added = [], [[] for _ in added]

@@ -129,6 +129,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
             "rows": {
                 row.name: {
                     "plan": row.plan.grid,
+                    "order": row.plan.order,
                     "calls": row.plan.calls,
                     "reused": row.plan.reused,
                     **scores[row.name],

@@ -123,11 +123,14 @@ class Line:
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """As `Kept.__matmul__`: the product is linear in the map, so no third map is made."""
-        return torch.lerp(self.before @ v, self.now @ v, 1 + self.ahead)
+        return self._beyond(self.now @ v, self.before @ v)
 
     def read(self, like: Tensor) -> Tensor:
         """As `Kept.read`."""
-        return torch.lerp(self.before.read(like), self.now.read(like), 1 + self.ahead)
+        return self._beyond(self.now.read(like), self.before.read(like))
+
+    def _beyond(self, now: Tensor, before: Tensor) -> Tensor:
+        return now + self.ahead * (now - before)
 
 
 @dataclass(frozen=True)

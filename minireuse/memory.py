@@ -65,7 +65,8 @@ def weigh(
     render: of a plan, the image. Shapes: size (h, w) of its latents.
     """
     full = render(restrict(plan, ())).astype(float)
-    costs = measure(pipeline, list(groups.values()), rounds=3, size=size, cache_dtype=cache_dtype)
+    some = list(groups.values())
+    costs = measure(pipeline, some, rounds=3, size=size, cache_dtype=cache_dtype, order=plan.order)
     return {
         name: Share(tuple(sites), float(np.square(render(restrict(plan, sites)) - full).mean()), -added)
         for (name, sites), added in zip(groups.items(), costs.reuse, strict=True)

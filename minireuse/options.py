@@ -64,7 +64,7 @@ def sample_parser() -> argparse.ArgumentParser:
     how.add_argument("--compile", action=argparse.BooleanOptionalAction, help=told)
     how.add_argument("--batch-size", type=int, default=4, metavar="N", help="images sampled together")
     reuse = p.add_argument_group("what to reuse")
-    policy_help = f"{', '.join(POLICIES)} (with knobs: deepcache:every=3), a plan file, or several joined by |"
+    policy_help = f"{', '.join(POLICIES)} (with knobs: deepcache:every=3,order=1), a plan file, or several joined by |"
     reuse.add_argument("--policy", default="none", metavar="POLICY", help=policy_help)
     reuse.add_argument("--reuse", type=int, metavar="K", help="U-Net calls that reuse; default: half of them")
     reuse.add_argument("--sites", choices=("self", "cross", "both"), help="of which attention; default: both")

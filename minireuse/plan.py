@@ -79,7 +79,8 @@ class ReusePlan:
     """Which sites reuse at which calls: a boolean matrix, True = use again what this site last computed.
 
     order: 0 uses the value as it was; 1 goes on along the line through the last two values, in proportion to the calls
-    between them (the first order of TaylorSeer, arXiv 2503.06923), as soon as the site has computed twice.
+    between them (the first order of TaylorSeer, arXiv 2503.06923). A value that is the site's first, or its first since
+    guidance ended, is used as it was.
 
     Shapes: mask (S, L), read-only; guided (S,), all True unless given.
     Raises: PlanError for a mask of another shape, a reuse in call 0, a repeated site, or another order.
@@ -99,7 +100,7 @@ class ReusePlan:
             raise PlanError("plan reuses in call 0, where nothing has been computed yet; row 0 must be all False")
         if len(set(sites)) != len(sites):
             raise PlanError("plan names a site twice; each site may have one column")
-        if self.order not in ORDERS or isinstance(self.order, bool):
+        if type(self.order) is not int or self.order not in ORDERS:
             raise PlanError(f"plan order is {shown(self.order)}, expected 0 (the last value) or 1 (two and their line)")
         guided = tuple(bool(g) for g in self.guided) or (True,) * len(mask)
         if len(guided) != len(mask):
@@ -225,7 +226,8 @@ class ReusePlan:
         """Reuse wherever either plan does; a call is guided only if it is in both. Raises: PlanError."""
         if self.calls != other.calls:
             raise PlanError(f"plans of {self.calls} and {other.calls} calls cannot be combined; make them equally long")
-        if self.order != other.order:
+        orders = {plan.order for plan in (self, other) if plan.mask.any()}
+        if len(orders) > 1:
             raise PlanError("plans of order 0 and 1 cannot be combined; give both the same order")
         columns: dict[Site, np.ndarray] = {}
         for plan in (self, other):
@@ -233,14 +235,15 @@ class ReusePlan:
                 columns[site] = columns.get(site, np.zeros(self.calls, dtype=bool)) | column
         mask = np.array(list(columns.values()), dtype=bool).reshape(len(columns), self.calls).T
         guided = tuple(a and b for a, b in zip(self.guided, other.guided, strict=True))
-        return ReusePlan(mask, tuple(columns), guided, self.order)
+        return ReusePlan(mask, tuple(columns), guided, max(orders, default=0))
 
     def to_json(self) -> str:
         """Readable JSON: a string of '.' and '#' per site, under its kind and address."""
         drawn: dict[str, dict[str, str]] = {}
         for site, column in zip(self.sites, self.mask.T, strict=True):
             drawn.setdefault(site.kind, {})[site.address] = _draw(column)
-        data: dict[str, Any] = {"format": "minireuse-plan", "calls": self.calls, "order": self.order}
+        data: dict[str, Any] = {"format": "minireuse-plan", "calls": self.calls}
+        data |= {"order": self.order} if self.order else {}
         return json.dumps(data | {"guided": _draw(np.array(self.guided)), "sites": drawn}, indent=2)
 
     @classmethod

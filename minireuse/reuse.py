@@ -96,14 +96,17 @@ class ReuseCache:
         kept, guided, ahead = [entry.kept], entry.guided, dict(step.ahead).get(site)
         if ahead is not None:
             if entry.before is None:
-                raise CacheError(f"only one value is cached for {site.kind} of {site.address}, but two make a line")
+                raise CacheError(
+                    f"only one value is cached for {site.kind} of {site.address}, but two make a line; "
+                    "was this cache used for all calls of the plan?"
+                )
             kept.append(entry.before)
         if site in step.half and guided:
             # Where guidance has ended T-GATE goes on with the mean of both halves' cross attention (arXiv 2404.02747).
             averaged = site.kind == "out" and site.is_cross
             kept, guided = [k.mean_of_halves() if averaged else k.conditional() for k in kept], False
         for what, stored, wanted in (
-            ("shape", tuple(kept[0].values.shape), tuple(shape)),
+            *(("shape", tuple(k.values.shape), tuple(shape)) for k in kept),
             ("dtype", entry.dtype, like.dtype),
             ("guidance", guided, step.guided),
         ):

@@ -24,6 +24,7 @@ from minireuse.cache_options import advice_on_memory, foretell, within_budget
 from minireuse.command import exit_status
 from minireuse.devices import is_available
 from minireuse.files import read_lines, write_whole
+from minireuse.guidance import unguided
 from minireuse.maps import MapRecorder, words_of
 from minireuse.options import CACHE_DTYPES, load_model, mebibytes, sample_parser
 from minireuse.pipeline import ATTENTIONS, Pipeline, Result
@@ -109,6 +110,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "reused": plan.reused,
         "cache_peak_bytes": peak,
         "plan": plan.grid,
+        "order": plan.order,
         "policy": args.policy,
         "sampler": args.sampler,
         "steps": args.steps,
@@ -263,6 +265,7 @@ def _recorder(
 ) -> MapRecorder:
     """A cache that writes all maps down as well."""
     words = [words_of(pipeline.text.pieces(prompt)) for prompt, _ in batch]
+    plan = unguided(plan) if args.guidance_scale == 1 else plan  # the one that is followed
     dtype = getattr(torch, args.cache_dtype)
     return MapRecorder(args.save_maps, plan.on(pipeline.sites), words, first=first, dtype=dtype)
 

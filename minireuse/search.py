@@ -139,7 +139,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
             raise ValueError(f"--budget {args.budget} was spent before {job.out} was begun; give a larger one")
         job.out.parent.mkdir(parents=True, exist_ok=True)
         journal = Journal(job.journal, settings) if ranks.first else Journal()
-        costs = None if job.k is not None else known_costs(journal, pipeline, job.groups, ranks)
+        costs = None if job.k is not None else known_costs(journal, pipeline, job.groups, args.order, ranks)
         find, rivals = approach(args, job, costs, pipeline.calls(args.sampler, args.steps))
         before = render.calls, render.naive_calls
         with tqdm(desc=job.out.stem, unit="plan", disable=args.quiet or not ranks.first) as bar:
@@ -235,10 +235,12 @@ def approach(
     return find, rivals
 
 
-def known_costs(journal: Journal, pipeline: Pipeline, groups: Sequence[Sequence[Site]], ranks: Ranks) -> Costs:
+def known_costs(
+    journal: Journal, pipeline: Pipeline, groups: Sequence[Sequence[Site]], order: int, ranks: Ranks
+) -> Costs:
     """Costs as the journal has them, or measured now by one process: a resumed search must go by the same ones."""
     if ranks.first:
-        journal.known("costs", lambda: measure(pipeline, groups).to_json())
+        journal.known("costs", lambda: measure(pipeline, groups, order=order).to_json())
     return Costs.from_json(ranks.gather(journal.records.get("costs"))[0], pipeline.sites)
 
 

@@ -59,13 +59,13 @@ class Study:
         chosen = settings.pop("prompts")[:count]
         return Renderer(settings.pop("pipe"), chosen, [SEED + i for i in range(len(chosen))], **settings)
 
-    def searched(self, kind: str) -> list[Searched]:
-        """The plans of order 0 that a search found for this very model, DDIM, these steps, half of the calls reused."""
+    def searched(self, kind: str, order: int = 0) -> list[Searched]:
+        """The plans that a search found for this very model, DDIM, these steps, and half of the calls reused."""
         return [
             p
             for p in self.plans
             if (p.model, p.sampler) == (self.pipe.fingerprint, "ddim")
-            and (p.plan.calls, p.plan.reused, p.plan.order) == (self.steps, self.steps // 2, 0)
+            and (p.plan.calls, p.plan.reused, p.plan.order) == (self.steps, self.steps // 2, order)
             and {site.kind for site in p.plan.sites} == {kind}
         ]
 

@@ -39,7 +39,7 @@ from minireuse.reuse import ReuseCache, ReusePlan
 OURS = (
     "hurry",
     *(f"phast:kind={kind},k={k}" for kind in ("map", "out", "deep") for k in (5, 10, 15)),
-    *(f"phast:kind=deep,order=1,k={k}" for k in (3, 6, 8, 10, 13, 15)),
+    *(f"phast:kind=deep,order=1,k={k}" for k in (3, 6, 8, 10, 12, 13, 15)),
     "interval:kind=deep,order=1",
     "deepcache",
     "deepcache:every=3",

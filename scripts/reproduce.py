@@ -45,7 +45,8 @@ POLICIES = [
     *(f"{name}:kind={kind}" for kind in KINDS[1:] for name in ("hurry", "phast")),
     "deepcache",
     *(f"phast:kind={kind},order=1" for kind in KINDS),
-    *(f"{name}:kind=deep,order=1" for name in ("interval", "hurry")),
+    "deepcache:order=1",
+    "hurry:kind=deep,order=1",
 ]
 
 
@@ -200,7 +201,7 @@ def lines(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     rows, twins = results["rows"], results["equal_latency"][KERNELS[0]]
     best = "phast:kind=deep,order=1"
     pairs = {f"PHAST ({kind})": (f"phast:kind={kind},order=1", name) for kind, name in SEARCHED.items()}
-    pairs["evenly spread (deep)"] = ("interval:kind=deep,order=1", "deepcache")  # the same calls
+    pairs["DeepCache"] = ("deepcache:order=1", "deepcache")
     others = {"HURRY (deep)": ("hurry:kind=deep,order=1", "hurry:kind=deep")}
     others["PHAST (deep) over DeepCache"] = (best, "deepcache")
     if twins[best] != FULL:
@@ -244,7 +245,7 @@ STAGES: dict[str, tuple[str, Stage]] = {
 PANELS = {"change": "relative change since the call before", "cosine": "cosine with the call before"}
 
 
-NEED_PLANS = ("chain", "generalisation", "tensors", "together", "quality", "lines")
+NEED_PLANS = dict.fromkeys(("chain", "generalisation", "tensors", "together", "quality"), (0,)) | {"lines": (0, 1)}
 
 
 def draw(name: str, found: dict[str, Any], path: Path) -> bool:
@@ -323,14 +324,15 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     journal = Journal(args.out / "journal.jsonl", settings)
     study = Study(pipe, prompts, plans, args.steps, {} if args.model else families(prompts), sibling, journal)
-    missing = [kind for kind in KINDS if not study.searched(kind)]
-    if missing and any(name in NEED_PLANS for name in args.stages):
-        raise ValueError(
-            f"no plan was searched for this model, ddim, {args.steps} steps, half of them reused, and kind "
-            f"{missing[0]}; search it with python -m minireuse.search, or leave out the stages {', '.join(NEED_PLANS)}"
-        )
-    lines = ["# The method's claims on this model", "", f"`{command}`", ""]
-    lines += [
+    for kind, order in itertools.product(KINDS, (0, 1)):
+        needing = [name for name in args.stages if order in NEED_PLANS.get(name, ())]
+        if needing and not study.searched(kind, order):
+            raise ValueError(
+                f"no plan was searched for this model, ddim, {args.steps} steps, half of them reused, kind {kind} and "
+                f"order {order}; search it with python -m minireuse.search, or leave out {', '.join(needing)}"
+            )
+    head = ["# The method's claims on this model", "", f"`{command}`", ""]
+    head += [
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {pipe.device}, model {pipe.fingerprint}",
         "",
     ]
@@ -339,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
         found = study.journal.known(f"stage/{name}", lambda stage=stage: json.loads(json.dumps(stage(args, study))))
         print(f"{title}: {found['verdict']}\n  {found['text']}", flush=True)
         finished = {n: study.journal.records[f"stage/{n}"] for n in STAGES if f"stage/{n}" in study.journal.records}
-        report(args.out, lines, finished)
+        report(args.out, head, finished)
 
 
 def report(out: Path, head: Sequence[str], finished: dict[str, dict[str, Any]]) -> None:

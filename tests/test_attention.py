@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,16 +80,23 @@ def reference_attention(recorded: dict[str, Tensor], module: Attention, record: 
     return forward
 
 
-def test_map_reuse_equals_attention_with_recorded_maps(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = interval(CALLS, select(unet.sites), k=3)
+@pytest.mark.parametrize("order", [0, 1])
+def test_map_reuse_equals_attention_with_recorded_maps(unet: UNet, monkeypatch: pytest.MonkeyPatch, order: int) -> None:
+    plan = replace(interval(CALLS, select(unet.sites), k=3), order=order)
+    assert plan.grid == ".#.#.#"
     given = run(unet, plan, ReuseCache(torch.float32))
-    recorded: dict[str, Tensor] = {}
+    recorded: list[dict[str, Tensor]] = []
     for call in range(CALLS):
+        record = call % 2 == 0
+        if record:
+            recorded.append({})
+        maps = recorded[-1]
+        if order and not record and len(recorded) > 1:  # half of the way from one to the next further on
+            maps = {address: maps[address] * 1.5 - recorded[-2][address] / 2 for address in maps}
         with monkeypatch.context() as patch:
             for module in unet.modules():
                 if isinstance(module, Attention):
-                    record = not plan.mask[call].any()
-                    patch.setattr(module, "forward", reference_attention(recorded, module, record))
+                    patch.setattr(module, "forward", reference_attention(maps, module, record))
             torch.testing.assert_close(given[call], unet(*inputs(call)), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(given[-1], unet(*inputs(CALLS - 1)), atol=1e-3)  # reuse did change something
 
@@ -219,33 +227,37 @@ def test_sites_are_modules_of_the_state_dict_with_their_depth(unet: UNet) -> Non
     assert list(deep.values()) == [8, 7, 6, 5, 4, 3, 2, 1, 0]
 
 
+@pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize("branch", [0, 1, 4, 8])
 def test_deep_reuse_equals_a_unet_whose_inside_is_frozen(
-    unet: UNet, monkeypatch: pytest.MonkeyPatch, branch: int
+    unet: UNet, monkeypatch: pytest.MonkeyPatch, branch: int, order: int
 ) -> None:
     """Freeze the output of all that lies deeper than the branch, and let the U-Net run in full."""
     (site,) = select(unet.sites, kind="deep", branch=branch)
-    plan = hurry(2, (site,), k=1)
+    last = 1 + order  # the call that reuses: of order 1 after two that compute
+    plan = replace(hurry(last + 1, (site,), k=1), order=order)
     cache = ReuseCache(torch.float32)
-    given = [unet(*inputs(call), plan.step(call), cache) for call in range(2)][1]
+    given = [unet(*inputs(call), plan.step(call), cache) for call in range(last + 1)][last]
     block, _, layer = site.address.removeprefix("up_blocks.").partition(".resnets.")
     entered = unet.up_blocks[int(block)].resnets[int(layer or 0)]
     frozen: list[Tensor] = []
     hook = entered.register_forward_pre_hook(lambda m, args: frozen.append(args[0]))
-    unet(*inputs(0))
+    for call in range(last):
+        unet(*inputs(call))
     hook.remove()
+    beyond = 2 * frozen[1] - frozen[0] if order else frozen[0]
     width = entered.norm1.num_channels
     original = entered.forward
 
     def forward(x: Tensor, time: Tensor) -> Tensor:
         inside = width - skip_width
-        return original(torch.cat([frozen[0][:, :inside], x[:, inside:]], dim=1), time)
+        return original(torch.cat([beyond[:, :inside], x[:, inside:]], dim=1), time)
 
     skips = [32, 32, 32, 32, 64, 64, 64, 64, 64]  # what the down path leaves, by depth
     skip_width = skips[site.depth]
     monkeypatch.setattr(entered, "forward", forward)
-    torch.testing.assert_close(given, unet(*inputs(1)), atol=1e-5, rtol=1e-5)
-    assert cache.peak_nbytes == frozen[0][:, : width - skip_width].numel() * 4
+    torch.testing.assert_close(given, unet(*inputs(last)), atol=1e-5, rtol=1e-5)
+    assert cache.peak_nbytes == last * beyond[:, : width - skip_width].numel() * 4
     assert len(cache) == 0
 
 

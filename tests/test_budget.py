@@ -99,6 +99,8 @@ def test_layerwise_finds_the_best_plan_of_an_additive_world() -> None:
 
     result = layerwise(lambda plan: plan, 5, [[A], [B]], score=score, latency=COSTS.latency, budget=0.85, steepest=True)
     assert COSTS.latency(result.plan) <= 0.85
+    lines = layerwise(lambda p: p, 5, [[A], [B]], score=score, latency=COSTS.latency, budget=0.85, order=1)
+    assert (lines.plan.order, COSTS.latency(lines.plan) <= 0.85) == (1, True)
     assert result.finished
     assert result.score >= result.start_score
     swaps = []
@@ -122,6 +124,8 @@ def test_step_wise_chooses_k_and_places_within_a_latency() -> None:
     rows = [row for row in itertools.product((False, True), repeat=6) if not row[0]]
     plans = [ReusePlan.stepwise(row, [A]) for row in rows]
     assert result.score == max(score(plan) for plan in plans if costs.latency(plan) <= 0.85)
+    lines = step_wise(lambda plan: plan, 6, [A], latency=costs.latency, budget=0.85, score=score, order=1)
+    assert (lines.plan.order, lines.score) == (1, result.score)
     with pytest.raises(PlanError, match=r"the fastest 0\.683"):
         step_wise(lambda plan: plan, 6, [A], latency=costs.latency, budget=0.5, score=score)
 

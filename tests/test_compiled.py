@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch._inductor.config
@@ -87,19 +88,33 @@ def test_graphs_know_all_that_is_constant_in_them(unet: UNet, quick: CompiledUNe
     assert len(quick.graphs) == 5
 
 
+def test_how_far_a_line_goes_on_makes_no_other_graph(unet: UNet, quick: CompiledUNet) -> None:
+    """A single computing call between runs of reuse: six distances, and guidance that ends."""
+    row = np.array([c == "#" for c in "..###.###.##"])
+    plan = ReusePlan.stepwise(row, select(unet.sites, kind="out")[:2], order=1)
+    plan = replace(plan, guided=(True,) * 10 + (False,) * 2)
+    assert len({step.ahead for step in map(plan.step, range(plan.calls)) if step.ahead}) == 6
+    for given, wanted in zip(
+        outputs(unet, quick, plan, ReuseCache()), outputs(unet, unet, plan, ReuseCache()), strict=True
+    ):
+        torch.testing.assert_close(given, wanted, atol=1e-5, rtol=1e-4)
+    assert len(quick.graphs) == counters["stats"]["unique_graphs"] == 3  # storing, reusing, reusing unguided
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_cuda_graphs_read_and_write_fixed_addresses(unet: UNet) -> None:
+@pytest.mark.parametrize("order", [0, 1])
+def test_cuda_graphs_read_and_write_fixed_addresses(unet: UNet, order: int) -> None:
     own = UNet(SMALLEST_UNET)
     own.load_state_dict(unet.state_dict())
     own = own.cuda().requires_grad_(False)
-    compiled, plan = CompiledUNet(own), interval(CALLS, select(own.sites), k=3)
+    compiled, plan = CompiledUNet(own), replace(interval(CALLS, select(own.sites), k=3), order=order)
     addresses = set()
     for _ in range(3):
         given = outputs(own, compiled, plan, ReuseCache())
         for a, b in zip(given, outputs(own, own, plan, ReuseCache()), strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
         addresses |= {room.data_ptr() for room in compiled._rooms.values()}
-    assert len(addresses) == len(select(own.sites))
+    assert len(addresses) == (1 + order) * len(select(own.sites))
 
 
 def test_calls_without_guidance_read_what_guided_ones_stored(unet: UNet, quick: CompiledUNet) -> None:

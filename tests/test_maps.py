@@ -73,3 +73,12 @@ def test_the_command_line_writes_maps(model_folder: Path, tmp_path: Path, policy
     calls = {path.name for path in (tmp_path / "maps" / "00001" / "cross").rglob("*.png")}
     assert calls == ({"call-00.png", "call-01.png"} if policy == "none" else {"call-00.png"})
     assert sample.main([*argv, *more, "--out", str(tmp_path / "again")]) == 2  # what lies there is not written over
+
+
+def test_maps_are_written_of_the_plan_that_is_followed(model_folder: Path, tmp_path: Path) -> None:
+    """Without guidance a line is drawn where guidance would have ended: one value more is kept than with it."""
+    argv = ["--model", str(model_folder), "--device", "cpu", "--steps", "9", "--prompt", PROMPT, "--quiet"]
+    argv += ["--guidance-scale", "1", "--save-maps", str(tmp_path / "maps"), "--out", str(tmp_path / "out.png")]
+    policy = "tgate:order=1,gate=4,every=1|interval:order=1,k=3"
+    assert sample.main([*argv, "--sites", "self", "--policy", policy]) == 0
+    assert (tmp_path / "out.png").exists()

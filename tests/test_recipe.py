@@ -49,6 +49,7 @@ SETTINGS = [
     ("--eta", "0.7", "--steps", "4"),
     ("--guidance-scale", "1", "--negative-prompt", "a star"),
     ("--policy", "hurry|deepcache:every=3", "--steps", "6", "--cache-dtype", "uint8"),
+    ("--policy", "deepcache:order=1|interval:order=1", "--steps", "6", "--cache-dtype", "uint8"),
     ("--policy", "random", "--reuse", "2", "--steps", "6", "--attention", "explicit", "--width", "32"),
     ("--dtype", "bfloat16", "--steps", "2"),
     ("--init-image", "first.png", "--strength", "0.5", "--steps", "4"),

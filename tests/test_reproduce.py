@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,10 +76,10 @@ def given(smallest_folder: Path, tmp_path: Path, pipeline: minireuse.Pipeline) -
     model = tmp_path / "model"
     shutil.copytree(smallest_folder, model)
     (model / "plans").mkdir()
-    for kind in reproduce.KINDS:
-        plan = interval(4, select(pipeline.sites, kind=kind), k=2)
+    for kind, order in itertools.product(reproduce.KINDS, (0, 1)):
+        plan = replace(interval(4, select(pipeline.sites, kind=kind), k=2), order=order)
         about = {"about": {"model": pipeline.fingerprint, "sampler": "ddim"}}
-        (model / "plans" / f"{kind}.json").write_text(json.dumps(json.loads(plan.to_json()) | about))
+        (model / "plans" / f"{kind}-{order}.json").write_text(json.dumps(json.loads(plan.to_json()) | about))
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 3))
     files = ["--prompts-file", str(tmp_path / "prompts.txt"), "--calibration-file", str(tmp_path / "prompts.txt")]
     few = ["--prompts", "2", "--draws", "3", "--steps", "4", "--rounds", "1", "--out", str(tmp_path / "out")]
@@ -112,6 +114,9 @@ def test_a_finished_stage_is_not_done_again(given: list[str], tmp_path: Path, mo
 
 
 def test_without_searched_plans_no_claim_is_made_about_them(given: list[str], tmp_path: Path) -> None:
+    (tmp_path / "model" / "plans" / "out-1.json").unlink()
+    with pytest.raises(ValueError, match=r"kind out and order 1; .* leave out lines"):
+        reproduce.main([*given, "--stages", "single", "lines"])
     shutil.rmtree(tmp_path / "model" / "plans")
     with pytest.raises(ValueError, match="no plan was searched for this model, ddim, 4 steps"):
         reproduce.main([*given, "--stages", "chain"])

@@ -111,6 +111,11 @@ def test_a_line_needs_two_values() -> None:
     cache.store(A, value, p.step(1), torch.float32)
     with pytest.raises(CacheError, match=r"only one value is cached for map of down\.attn1"):
         cache.load(A, value.shape, p.step(2), like=value)
+    cache = ReuseCache()
+    cache.store(A, value[:1], p.step(0), torch.float32)
+    cache.store(A, value, p.step(1), torch.float32)
+    with pytest.raises(CacheError, match=r"shape \(1, 1, 3, 3\) but read for \(2, 1, 3, 3\)"):
+        cache.load(A, value.shape, p.step(2), like=value)
 
 
 def test_plan_from_a_file_learns_depth_from_the_model() -> None:
@@ -157,6 +162,7 @@ def test_union_takes_both_and_all_sites() -> None:
     assert (plan(".#..") | unguided).guided == (True, True, False, False)
     lines = replace(plan(".#.."), order=1)
     assert (lines | lines).order == 1
+    assert (lines | ReusePlan.nothing(4)) == lines == (ReusePlan.nothing(4) | lines)
     with pytest.raises(PlanError, match="order 0 and 1"):
         lines | plan(".#..")
     with pytest.raises(PlanError, match="4 and 3 calls"):
@@ -181,7 +187,7 @@ def test_json_round_trip() -> None:
     assert '"down.attn1": "..##"' in p.to_json()
     lines = replace(p, order=1)
     assert ReusePlan.from_json(lines.to_json()) == lines != again
-    assert ReusePlan.from_json(p.to_json().replace('  "order": 0,\n', "")) == p  # as plans were written before
+    assert '"order"' not in p.to_json()  # written only where it says something
 
 
 @pytest.mark.parametrize(
@@ -196,6 +202,7 @@ def test_json_round_trip() -> None:
         ("[" * 100000, "nested too deeply"),
         ('{"format": "minireuse-plan", "calls": 4, "order": 2, "sites": {}}', "plan order is 2, expected 0"),
         ('{"format": "minireuse-plan", "calls": 4, "order": true, "sites": {}}', "plan order is True, expected 0"),
+        ('{"format": "minireuse-plan", "calls": 4, "order": 1.0, "sites": {}}', r"plan order is 1\.0, expected 0"),
         ('{"format": "minireuse-plan", "calls": 4, "order": [], "sites": {}}', r"plan order is \[\], expected 0"),
         ('{"format": "minireuse-plan", "calls": 4, "sites": {"map": {"a": "..#"}}}', "4 characters"),
         ('{"format": "minireuse-plan", "calls": 4, "sites": {"map": {"a": "..x#"}}}', "4 characters"),

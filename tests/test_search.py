@@ -130,7 +130,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch):
 
     def made_up(groups: list[tuple[Site, ...]], saved: list[float]) -> Costs:
         costs = Costs(1.0, tuple(groups), (0.05,) * len(groups), tuple(-value for value in saved))
-        monkeypatch.setattr(search, "measure", lambda pipeline, groups: costs)
+        monkeypatch.setattr(search, "measure", lambda pipeline, groups, order: costs)
         return costs
 
     return made_up
