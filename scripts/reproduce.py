@@ -12,6 +12,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def together(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     ours = fidelity(pictures("together-short", "phast:kind=deep"), pictures("together", FULL))
     taken = {name: fraction(row, rows[FULL]) for name, row in rows.items()}
     time = taken[f"steps:{short}"] * fraction(reused["phast:kind=deep"], reused[FULL])
-    rival = min((name for name in taken if taken[name] >= time), key=lambda name: taken[name])
+    rival = min((name for name in taken if taken[name] >= time), key=lambda name: taken[name], default=FULL)
     gain = ours - np.array(rows[rival]["psnr"])
     low, high = interval(gain)
     text = (
@@ -321,9 +322,7 @@ def main(argv: list[str] | None = None) -> None:
         "budgets": [args.layerwise_budget, args.search_budget],
         "plans": [[str(p), p.model, p.plan.to_json()] for p in plans],
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    journal = Journal(args.out / "journal.jsonl", settings)
-    study = Study(pipe, prompts, plans, args.steps, {} if args.model else families(prompts), sibling, journal)
+    study = Study(pipe, prompts, plans, args.steps, {} if args.model else families(prompts), sibling)
     for kind, order in itertools.product(KINDS, (0, 1)):
         needing = [name for name in args.stages if order in NEED_PLANS.get(name, ())]
         if needing and not study.searched(kind, order):
@@ -331,6 +330,8 @@ def main(argv: list[str] | None = None) -> None:
                 f"no plan was searched for this model, ddim, {args.steps} steps, half of them reused, kind {kind} and "
                 f"order {order}; search it with python -m minireuse.search, or leave out {', '.join(needing)}"
             )
+    args.out.mkdir(parents=True, exist_ok=True)
+    study = replace(study, journal=Journal(args.out / "journal.jsonl", settings))
     head = ["# The method's claims on this model", "", f"`{command}`", ""]
     head += [
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {pipe.device}, model {pipe.fingerprint}",

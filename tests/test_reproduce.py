@@ -120,3 +120,4 @@ def test_without_searched_plans_no_claim_is_made_about_them(given: list[str], tm
     shutil.rmtree(tmp_path / "model" / "plans")
     with pytest.raises(ValueError, match="no plan was searched for this model, ddim, 4 steps"):
         reproduce.main([*given, "--stages", "chain"])
+    assert not (tmp_path / "out").exists()  # nothing is begun that could not go on once the plan is there
