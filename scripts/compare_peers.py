@@ -44,7 +44,7 @@ OURS = (
     "deepcache",
     "deepcache:every=3",
     "tgate",
-    *(f"steps:{n}" for n in (18, 16, 14, 12, 10, 8)),
+    *(f"steps:{n}" for n in range(18, 7, -1)),
     "steps:16+phast:kind=deep",
     "steps:14+phast:kind=deep",
 )

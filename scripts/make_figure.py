@@ -1,7 +1,7 @@
 """The README's picture: `python scripts/make_figure.py --out docs/example.png`.
 
 From above: the full sampler; HURRY and PHAST, both with 10 of 20 calls reusing their attention maps; PHAST with deep
-features instead. Prints how close the rows are to the first.
+features instead, held and extrapolated. Prints how close the rows are to the first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import minireuse
 from minireuse.metrics import psnr
 from minireuse.policies import build, policies_for
 
-ROWS = ("none", "hurry", "phast", "phast:kind=deep")
+ROWS = ("none", "hurry", "phast", "phast:kind=deep", "phast:kind=deep,order=1")
 PROMPTS = (
     "a large red circle above a small blue star on a yellow background",
     "a large striped teal heart on a pink background",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -13,7 +14,7 @@ from transformers import CLIPTokenizer
 
 import minireuse
 from minireuse.files import shipped_model
-from minireuse.policies import hurry, phast_for, select
+from minireuse.policies import deepcache, hurry, phast_for, select
 from minireuse.reuse import ReuseCache
 from minireuse.searched import plans_of
 
@@ -62,16 +63,28 @@ def test_reuse_keeps_the_picture(pipe: minireuse.Pipeline, full: np.ndarray) -> 
 def test_searched_plans_ship(pipe: minireuse.Pipeline) -> None:
     """In these settings `phast` is a plan that was searched for them, not a neighbour's."""
     every = [(kind, k) for kind in ("map", "out", "deep") for k in (5, 10, 15)]
-    expected = {("ddim", 20, *pair) for pair in every}
-    expected |= {(sampler, 20, kind, 10) for sampler in ("dpmpp_2m", "plms") for kind in ("map", "deep")}
-    expected |= {("ddim", 10, "map", 5), ("dpmpp_2m", 10, "map", 5), ("ddim", 50, "map", 25)}
+    expected = {("ddim", 20, *pair, 0) for pair in every}
+    expected |= {(sampler, 20, kind, 10, 0) for sampler in ("dpmpp_2m", "plms") for kind in ("map", "deep")}
+    expected |= {("ddim", 10, "map", 5, 0), ("dpmpp_2m", 10, "map", 5, 0), ("ddim", 50, "map", 25, 0)}
+    expected |= {("ddim", 20, "map", 10, 1), ("ddim", 20, "out", 10, 1)}
+    expected |= {("ddim", 20, "deep", k, 1) for k in (3, 6, 8, 10, 12, 13, 15)}
     plans = plans_of()
     policy = {sampler: phast_for(plans, sampler, pipe.fingerprint) for sampler in ("ddim", "dpmpp_2m", "plms")}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it says so where it takes the nearest
-        for sampler, steps, kind, k in expected:
-            plan = policy[sampler](pipe.calls(sampler, steps), select(pipe.sites, kind=kind), k=k)
-            assert (plan.reused, plan.on(pipe.sites)) == (k, plan)
+        for sampler, steps, kind, k, order in expected:
+            plan = policy[sampler](pipe.calls(sampler, steps), select(pipe.sites, kind=kind), k=k, order=order)
+            assert (plan.reused, plan.order, plan.on(pipe.sites)) == (k, order, plan)
+
+
+def test_going_on_along_a_line_is_closer_than_holding(pipe: minireuse.Pipeline, full: np.ndarray) -> None:
+    held = deepcache(20, pipe.sites)
+    prompts, seeds = [caption(s) for s in UNSEEN[:2]], [0, 1]
+    close = [
+        np.mean([image_psnr(a, b) for a, b in zip(images, full[:2], strict=True)])
+        for images in (pipe.generate(prompts, seeds=seeds, plan=replace(held, order=order)).images for order in (0, 1))
+    ]
+    assert close[1] > close[0] + 3
 
 
 def test_vae_reconstructs_unseen_scenes(pipe: minireuse.Pipeline) -> None:
