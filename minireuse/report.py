@@ -143,7 +143,7 @@ def pareto(path: Path, summary: dict[str, dict[str, Any]]) -> None:
     """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(10, 5))
+    figure, axes = plt.subplots(figsize=(10, max(5.0, 0.2 * len(summary))))  # inches; the legend has a line a row
     plain = {n: r for n, r in summary.items() if n.startswith("steps:") and "+" not in n}
     others = {n: r for n, r in summary.items() if n not in plain and r["psnr"] < SAME}
     points = sorted((r["seconds_ratio"], r["psnr"]) for r in plain.values())
