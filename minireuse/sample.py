@@ -110,7 +110,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "reused": plan.reused,
         "cache_peak_bytes": peak,
         "plan": plan.grid,
-        "order": plan.order,
         "policy": args.policy,
         "sampler": args.sampler,
         "steps": args.steps,

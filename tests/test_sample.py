@@ -132,7 +132,7 @@ def test_policies_take_knobs_and_combine(run) -> None:
     for policy, message in (
         ("deepcache:often=2", "no knob 'often'; deepcache has every, branch"),
         ("deepcache:every", "not knob=number"),
-        ("none:k=1", "none has none"),
+        ("none:k=1", "none has order"),
         ("deepcache:every=0", "every is 0"),
         ("deepcache:every=2.5", "every is 2.5, expected a whole number"),
         ("hurry:k=1.5", "k is 1.5, expected a whole number"),
