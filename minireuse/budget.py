@@ -10,15 +10,16 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from minireuse.journal import Journal
 from minireuse.phast import SearchResult, Tries, grouped, search
-from minireuse.policies import hurry
+from minireuse.policies import hurry, interval
 from minireuse.ranks import ALONE, Ranks
-from minireuse.reuse import PlanError, ReusePlan, Site
+from minireuse.reuse import KINDS, PlanError, ReusePlan, Site
 
 COUNTS = 3  # numbers of reuse calls that are searched for a latency
 LONGEST = 3  # calls in a row that are added together: reuse may only pay once several share what one of them stored
@@ -37,35 +38,41 @@ def step_wise(
     **options: Any,
 ) -> SearchResult:
     """The best step-wise plan of at most `budget` latency, for the smallest number of reuse calls that can meet it and
-    a few more: storing costs time, so a plan that reuses more may store more often.
+    a few more: storing costs time, so a plan that reuses more may store more often. Each search begins at the better of
+    HURRY and the even plan.
 
     latency: of a plan, as a fraction of the full sampler's. order: of the plans. The others are `phast.search`'s.
     Raises: PlanError where even reusing in every call but the first is too slow.
     """
     sites = tuple(sites)
-    fitting = hurries(calls, sites, latency, budget, order)
+    fitting = starts(calls, sites, latency=latency, budget=budget, order=order)
     if not fitting:
-        fastest = min(map(latency, hurries(calls, sites, latency, np.inf, order)))
+        fastest = min(latency(hurry(calls, sites, k=k)) for k in range(calls))
         raise PlanError(
             f"no plan over these sites takes {budget} of the full sampler's time; the fastest {fastest:.3f}"
         )
     results: list[SearchResult] = []
-    for start in fitting[:COUNTS]:
+    for plan, *others in fitting:
         if results and not (results[-1].finished and all(ranks.gather(more()))):
             break
         allowed = lambda plan: latency(plan) <= budget  # noqa: E731
-        k = start.reused
-        results.append(search(render, start, sites, k=k, allowed=allowed, more=more, ranks=ranks, **options))
-    finished = len(results) == len(fitting[:COUNTS]) and all(result.finished for result in results)
+        within: dict[str, Any] = {"k": plan.reused, "others": others, "allowed": allowed, "more": more}
+        results.append(search(render, plan, sites, ranks=ranks, **within, **options))
+    finished = len(results) == len(fitting) and all(result.finished for result in results)
     return replace(max(results, key=lambda result: result.score), finished=finished)
 
 
-def hurries(
-    calls: int, sites: Iterable[Site], latency: Callable[[ReusePlan], float], budget: float, order: int = 0
-) -> list[ReusePlan]:
-    """HURRY with every number of reuse calls that meets the budget, the smallest first."""
-    plans = (replace(hurry(calls, sites, k=k), order=order) for k in range(calls))
-    return [plan for plan in plans if latency(plan) <= budget]
+def starts(
+    calls: int, sites: Iterable[Site], *, latency: Callable[[ReusePlan], float], budget: float, order: int = 0
+) -> list[list[ReusePlan]]:
+    """HURRY and the even plan, where they meet the budget, for the smallest numbers of reuse calls with which HURRY
+    does: of all plans with as many, it stores least."""
+    sites, found = tuple(sites), []
+    for k in range(calls):
+        plans = [replace(policy(calls, sites, k=k), order=order) for policy in (hurry, interval)]
+        if latency(plans[0]) <= budget:
+            found.append([plan for plan in plans if latency(plan) <= budget])
+    return found[:COUNTS]
 
 
 def groups_of(sites: Iterable[Site], levels: int) -> dict[str, tuple[Site, ...]]:
@@ -83,6 +90,13 @@ def groups_of(sites: Iterable[Site], levels: int) -> dict[str, tuple[Site, ...]]
     return groups
 
 
+def alike_in(groups: Sequence[Sequence[Site]]) -> dict[str, Sequence[Site]]:
+    """The sites of a step-wise plan, by kind: of attention all, of deep features the first group alone."""
+    by_kind = {kind: [group for group in groups if group[0].kind == kind] for kind in KINDS}
+    some = {kind: found[:1] if kind == "deep" else found for kind, found in by_kind.items() if found}
+    return {kind: tuple(chain(*found)) for kind, found in some.items()}
+
+
 def _level(address: str, levels: int) -> int:
     part, number = address.split(".")[:2]
     return int(number) if part == "down_blocks" else levels - 1 - int(number) if part == "up_blocks" else levels - 1
@@ -97,6 +111,7 @@ def layerwise(
     latency: Callable[[ReusePlan], float],
     budget: float,
     order: int = 0,
+    others: Sequence[ReusePlan] = (),
     journal: Journal | None = None,
     steepest: bool = False,
     more: Callable[[], bool] = lambda: True,
@@ -106,7 +121,8 @@ def layerwise(
     """A plan of at most `budget` latency: sensitivities, then greedily by damage per time saved, then swaps.
 
     score: mean PSNR in dB, of which the damage (mean squared error) is computed. latency: of a plan, as a fraction of
-    the full sampler's. order: of the plan. The others are `phast.search`'s.
+    the full sampler's. order: of the plan. others: plans to begin at where one of them is better than the greedy
+    one, which adds up damages as if they did not touch each other. The rest is `phast.search`'s.
 
     Raises: PlanError where the search budget ends before the sensitivities are known, or no plan is fast enough.
     """
@@ -120,6 +136,7 @@ def layerwise(
         start.sites,
         k=None,
         score=score,
+        others=others,
         groups=groups,
         allowed=lambda plan: latency(plan) <= budget,
         journal=journal,

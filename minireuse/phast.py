@@ -40,6 +40,7 @@ def search(
     *,
     k: int | None,
     score: Callable[[Any], float],
+    others: Sequence[ReusePlan] = (),
     groups: Sequence[Sequence[Site]] | None = None,
     allowed: Callable[[ReusePlan], bool] = lambda plan: True,
     journal: Journal | None = None,
@@ -53,6 +54,7 @@ def search(
     plan: where to start, with k reuse calls; HURRY is the method's choice. Plans that are tried have its order.
     sites: what reuses at those calls.
     score: of what `render` gave; larger is better.
+    others: further plans to start at, of the same order and guidance; the search begins at the best of all.
     groups: the sites in groups, each of which moves its own calls; without them plans are step-wise, the method's.
     allowed: False for plans that are not to be tried, for being too slow, say. The start is not asked about.
     steepest: try every move and take the best, as the method says; False takes the first that improves.
@@ -61,16 +63,21 @@ def search(
     journal: scores of plans tried before, so that an interrupted search goes on where it was.
     ranks: processes that take turns at the tries and come to the same answer; the journal is the first one's.
 
-    Raises: PlanError where the start is not step-wise (differs within a group), or does not have k reuse calls.
+    Raises: PlanError where a start is not step-wise (differs within a group), does not have k reuse calls, or differs
+    from the others in order or guidance.
     """
     sites = tuple(sites)
-    state = _row(plan, k) if groups is None else _state(plan, groups)
+    if any((other.order, other.guided) != (plan.order, plan.guided) for other in others):
+        raise PlanError("the plans to start at differ in order or guidance, expected the same")
+    starts = [_row(start, k) if groups is None else _state(start, groups) for start in (plan, *others)]
     groups = [sites] if groups is None else groups
     made = lambda state: grouped(state, groups, plan.guided, plan.order)  # noqa: E731
     tries = Tries(made, render, score, Journal() if journal is None else journal, more, on_try, ranks)
-    start = best = next((value for _, value in tries([state])), None)
-    if start is None or best is None:
+    scored = list(tries(starts))
+    if not scored:
         raise PlanError("the search budget does not even cover the start; give a larger one")
+    state, start = max(scored, key=lambda tried: tried[1])
+    best = start
     rounds, improved, finished = 0, True, True
     while improved and finished:
         rounds, improved = rounds + 1, False

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from minireuse import phast
-from minireuse.budget import groups_of, hurries, layerwise, step_wise
+from minireuse.budget import alike_in, groups_of, layerwise, starts, step_wise
 from minireuse.command import command_line
 from minireuse.costs import Costs, measure, measured_latency
 from minireuse.files import read_prompts, write_whole
@@ -223,16 +223,18 @@ def approach(
         rivals = {n: replace(POLICIES[n](calls, job.groups[0], k=job.k), order=args.order) for n in simple}
         return partial(phast.search, plan=rivals[args.start], sites=job.groups[0], k=job.k), rivals
     within: dict[str, Any] = {"latency": costs.latency, "budget": args.budget_latency, "order": args.order}
-    find: Callable[..., phast.SearchResult] = partial(step_wise, calls=calls, sites=job.groups[0], **within)
-    alike = {job.about["kind"]: job.groups[0]}
+    groups = job.groups
+    alike: dict[str, Sequence[Site]] = {job.about["kind"]: groups[0]}
     if args.layerwise:
         saving = sorted(zip(costs.reuse, costs.groups, strict=True))  # what saves most comes first
-        alike = {kind: next(g for _, g in saving if g[0].kind == kind) for kind in job.about["kinds"]}
-        worth = [g for saved, g in saving if -saved > LEAST * costs.plain]
-        find = partial(layerwise, calls=calls, groups=worth, **within)
-    fitting = {kind: hurries(calls, sites, **within) for kind, sites in alike.items()}
-    rivals = {f"hurry {kind}": plans[0] for kind, plans in fitting.items() if plans}
-    return find, rivals
+        groups = [g for saved, g in saving if -saved > LEAST * costs.plain]
+        alike = alike_in(groups)
+    fitting = {kind: starts(calls, sites, **within) for kind, sites in alike.items()}
+    rivals = {f"hurry {kind}": found[0][0] for kind, found in fitting.items() if found}
+    if not args.layerwise:
+        return partial(step_wise, calls=calls, sites=groups[0], **within), rivals
+    others = list(itertools.chain(*itertools.chain(*fitting.values())))
+    return partial(layerwise, calls=calls, groups=groups, others=others, **within), rivals
 
 
 def known_costs(

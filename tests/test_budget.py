@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import minireuse
-from minireuse.budget import greedy, groups_of, layerwise, sensitivity, step_wise
+from minireuse.budget import alike_in, greedy, groups_of, layerwise, sensitivity, starts, step_wise
 from minireuse.costs import Costs, measure
 from minireuse.journal import Journal
 from minireuse.phast import Tries, grouped
@@ -128,6 +128,51 @@ def test_step_wise_chooses_k_and_places_within_a_latency() -> None:
     assert (lines.plan.order, lines.score) == (1, result.score)
     with pytest.raises(PlanError, match=r"the fastest 0\.683"):
         step_wise(lambda plan: plan, 6, [A], latency=costs.latency, budget=0.5, score=score)
+
+
+def test_starts_are_those_that_fit_with_the_fewest_reuse_calls() -> None:
+    """Reuse saves 4 of 10 and storing costs 1, so that the even plan of three calls stores too often for 0.85."""
+    costs = Costs(10.0, ((A,),), store=(1.0,), reuse=(-4.0,))
+    found = starts(6, [A], latency=costs.latency, budget=0.85, order=1)
+    assert {plan.order for plan in itertools.chain(*found)} == {1}
+    assert [[plan.grid for plan in plans] for plans in found] == [
+        ["...###", ".#.#.#"],
+        ["..####", ".##.##"],
+        [".#####", ".#####"],
+    ]
+    first, *_ = starts(6, [A], latency=costs.latency, budget=0.84)
+    assert [plan.grid for plan in first] == ["...###"]
+    assert starts(6, [A], latency=costs.latency, budget=0.5) == []
+
+
+def test_step_wise_begins_at_the_even_plan_where_that_is_better() -> None:
+    costs = Costs(10.0, ((A,),), store=(0.0,), reuse=(-4.0,))
+    scores = {"...###": 1.0, ".#.#.#": 5.0}
+    score = lambda plan: scores.get(plan.grid, 0.0)  # noqa: E731
+    result = step_wise(lambda plan: plan, 6, [A], latency=costs.latency, budget=0.8, score=score)
+    assert (str(result.plan), result.start_score) == (".#.#.#", 5.0)
+
+
+def test_layerwise_is_never_worse_than_the_plans_it_may_begin_at() -> None:
+    """Two groups that ruin the image together although each alone is harmless: greedy takes both."""
+
+    def score(plan: ReusePlan) -> float:
+        first, second = (plan.mask[:, plan.sites.index(s)] if s in plan.sites else np.zeros(5, bool) for s in (A, B))
+        return 60.0 - first.sum() - 4 * second.sum() - 40 * (first.any() and second.any())
+
+    budget = {"latency": COSTS.latency, "budget": 0.77}
+    alone = layerwise(lambda plan: plan, 5, [[A], [B]], score=score, **budget)
+    even = interval(5, [B], k=4)
+    better = layerwise(lambda plan: plan, 5, [[A], [B]], score=score, others=[even], **budget)
+    assert COSTS.latency(even) <= 0.77
+    assert alone.score < 20
+    assert (better.score, better.start_score) == (score(even), score(even)) == (44.0, 44.0)
+    assert better.plan.on([A, B]) == even.on([A, B])
+
+
+def test_a_step_wise_plan_takes_all_of_attention_and_one_deep_site() -> None:
+    inner = Site("up_blocks.2", "deep", depth=3)
+    assert alike_in([[DEEP], [A], [inner], [B]]) == {"map": (A, B), "deep": (DEEP,)}
 
 
 def test_sensitivities_need_the_whole_budget() -> None:

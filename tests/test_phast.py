@@ -71,6 +71,19 @@ def test_search_refuses_a_start_that_does_not_fit() -> None:
         search(lambda plan: plan, hurry(8, [A], k=3), [A], k=3, score=lambda _: math.nan)
 
 
+def test_search_begins_at_the_best_of_several_plans() -> None:
+    deceptive = {"...###": 1.0, ".##..#": 9.0, ".##.#.": 3.0}
+    plans = [ReusePlan.stepwise([cell == "#" for cell in grid], [A]) for grid in deceptive]
+    score = lambda grid: deceptive.get(grid, 0.0)  # noqa: E731
+    result = search(lambda plan: plan.grid, plans[0], [A], k=3, score=score, others=plans[1:])
+    assert (str(result.plan), result.start_score) == (".##..#", 9.0)
+    assert [grid for grid, _ in result.tried][:3] == list(deceptive)
+    with pytest.raises(PlanError, match="differ in order or guidance"):
+        search(lambda plan: plan.grid, plans[0], [A], k=3, score=score, others=[replace(plans[1], order=1)])
+    with pytest.raises(PlanError, match="2 reuse calls, expected k = 3"):
+        search(lambda plan: plan.grid, plans[0], [A], k=3, score=score, others=[hurry(6, [A], k=2)])
+
+
 def test_search_tries_only_what_is_allowed() -> None:
     result = search(
         lambda plan: plan, hurry(8, [A], k=3), [A], k=3, score=total, allowed=lambda plan: not plan.mask[1].any()
