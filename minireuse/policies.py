@@ -55,9 +55,10 @@ def phast_for(plans: Iterable[Searched], sampler: str = "ddim", model: str = "")
             return replace(hurry(calls, sites, k=k), order=order)
         plan, exact = found
         if not exact:
-            whose = "" if plan.model == model else "with another model "
+            others = ["another model"] * (plan.model != model) + ["other sites"] * (set(plan.plan.sites) != set(sites))
+            for_what = f"with {' and '.join(others)} " * bool(others) + f"for {plan}"
             run = told(sampler, calls, k, order)
-            warnings.warn(f"phast takes the plan searched {whose}for {plan}, fitted to {run}; {advice}", stacklevel=2)
+            warnings.warn(f"phast takes the plan searched {for_what}, fitted to {run}; {advice}", stacklevel=2)
         return ReusePlan.stepwise(fit(plan.row, calls, k), sites, order)
 
     return phast
@@ -155,7 +156,8 @@ def policies_for(
 def select(sites: Iterable[Site], which: str = "both", kind: str = "map", branch: int = 0) -> tuple[Site, ...]:
     """The sites of one kind, in self attention, cross attention or both; of `deep` the one number `branch`.
 
-    Branch 0 skips most: only the first and the last layer of the U-Net still run (DeepCache, arXiv 2312.00858).
+    Branch 0 skips most: only the first and the last layer of the U-Net still run (DeepCache, arXiv 2312.00858). Further
+    ones run more of the layers, save less, and err less.
     Raises: PlanError where there is no such site.
     """
     wanted = {"self": (False,), "cross": (True,), "both": (False, True)}
@@ -165,6 +167,8 @@ def select(sites: Iterable[Site], which: str = "both", kind: str = "map", branch
         raise PlanError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
     if kind == "deep" and which != "both":
         raise PlanError(f"deep features belong to no attention, but those of {which} attention are asked for")
+    if branch and kind != "deep":
+        raise PlanError(f"branch numbers the deep features, but kind is {kind!r}")
     chosen = [s for s in sites if s.kind == kind]
     if kind == "deep":
         branches = sorted(chosen, key=lambda s: s.depth or 0)
@@ -189,7 +193,8 @@ def build(
     """The plan a text names: a policy, a plan file, or several joined by `|`.
 
     Knobs follow a policy's name, as in `deepcache:every=3` or `hurry:k=5,kind=out,sites=cross`. All of them have
-    `order`, that of the plan.
+    `order`, that of the plan; those that reuse the sites they are given have what `select` chooses by: `kind`, `sites`,
+    `branch`.
 
     sites: the model's; k, which, kind: for the policies that reuse the sites they are given; policies: by name.
     Raises: PlanError for an unknown name or knob, or what the policy itself refuses; OSError for an unreadable file.
@@ -233,23 +238,25 @@ def _term(
             raise PlanError(f"policy is {term!r}, expected one of {known}, or an existing plan file")
         return read_plan(Path(term))[0]
     policy = policies[name]
+    numbers: dict[str, Any] = {"order": 0, "branch": 0, "k": k}
     own = [p for p in inspect.signature(policy).parameters if p not in ("calls", "sites")]
-    knobs: dict[str, Any] = {"order": 0} | ({"k": k} if "k" in own else {})
+    choosing = () if name in RELATIVES else ("kind", "sites", "branch")
+    knobs = list(dict.fromkeys((*own, "order", *choosing)))
+    words = {"kind": kind, "sites": which}
     for setting in filter(None, settings.split(",")):
         knob, _, value = setting.partition("=")
-        if knob in ("kind", "sites") and name not in RELATIVES:
-            which, kind = (value, kind) if knob == "sites" else (which, value)
+        if knob in words and knob in choosing:
+            words[knob] = value
             continue
         try:
-            knobs[knob] = float(value) if "." in value else int(value)
+            numbers[knob] = float(value) if "." in value else int(value)
         except ValueError:
             raise PlanError(f"policy {term}: {setting!r} is not knob=number") from None
-        if knob not in (*own, "order"):
-            known = ", ".join(dict.fromkeys([*own, "order"]))
-            raise PlanError(f"policy {term}: no knob {knob!r}; {name} has {known}")
-    chosen = sites if name in RELATIVES else select(sites, which, kind)
-    plan = policy(calls, chosen, **{knob: value for knob, value in knobs.items() if knob in own})
-    return replace(plan, order=knobs["order"])
+        if knob not in knobs:
+            raise PlanError(f"policy {term}: no knob {knob!r}; {name} has {', '.join(knobs)}")
+    chosen = select(sites, words["sites"], words["kind"], numbers["branch"]) if choosing else sites
+    plan = policy(calls, chosen, **{knob: value for knob, value in numbers.items() if knob in own})
+    return replace(plan, order=numbers["order"])
 
 
 def _require_whole(name: str, value: float, least: int, most: int | None = None) -> None:

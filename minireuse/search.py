@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--layerwise", action="store_true", help="let layers and kinds differ, within --budget-latency")
     p.add_argument("--kind", choices=KINDS, help="default: map; with --layerwise all of them side by side")
     p.add_argument("--sites", choices=("self", "cross", "both"), default="both")
+    p.add_argument("--branch", type=int, default=0, help="of --kind deep: 0 runs fewest layers, larger numbers more")
     p.add_argument("--start", choices=STARTS, default="hurry", help="the plan that moves begin at")
     p.add_argument("--order", type=int, choices=ORDERS, default=0, help="1: reuse the line through the last two values")
     add_guidance_option(p)
@@ -105,6 +106,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
             raise ValueError(f"--{name} is {getattr(args, name)}, expected {least} or more")
     if args.layerwise and latency is None:
         raise ValueError("--layerwise chooses what fits a time; give --budget-latency, such as 0.7")
+    if args.layerwise and args.branch:
+        raise ValueError("--layerwise searches all branches; leave out --branch")
     if latency is not None and not 0 < latency < 1:
         raise ValueError(f"--budget-latency is {latency}, expected a fraction of the full sampler's time, such as 0.7")
     if latency is not None and args.reuse:
@@ -194,17 +197,18 @@ def make_jobs(args: argparse.Namespace, pipeline: Pipeline) -> list[Job]:
     """What the arguments ask for. Raises: ValueError for an impossible number of reuse calls, or files that clash."""
     calls = pipeline.calls(args.sampler, args.steps)
     kinds = [args.kind] if args.kind else list(KINDS) if args.layerwise else ["map"]
-    groups: list[Sequence[Site]] = [select(pipeline.sites, args.sites, kind) for kind in kinds]
+    groups: list[Sequence[Site]] = [select(pipeline.sites, args.sites, kind, args.branch) for kind in kinds]
     if args.layerwise:
         attention = set(itertools.chain(*groups))
         some = [s for s in pipeline.sites if s in attention or (s.kind == "deep" and "deep" in kinds)]
         groups = list(groups_of(some, len(pipeline.unet.config.block_out_channels)).values())
     about = {"kind": "layerwise" if args.layerwise else kinds[0], "kinds": kinds, "sites": args.sites}
-    about |= {"order": args.order, "start": args.start}
+    about |= {"branch": args.branch, "order": args.order, "start": args.start}
     counts = [] if args.budget_latency is not None else args.reuse or [calls // 2]
     for k in counts:
         hurry(calls, groups[0], k=k)  # refuses an impossible number before any work
-    stem = f"{args.sampler}-{args.steps}-{about['kind']}" + f"-order{args.order}" * args.order
+    stem = f"{args.sampler}-{args.steps}-{about['kind']}"
+    stem += f"-branch{args.branch}" * (args.branch > 0) + f"-order{args.order}" * args.order
     names = [f"{stem}-{value}.json" for value in counts or [args.budget_latency]]
     if args.out.suffix == ".json" and len(names) > 1:
         raise ValueError(f"--out {args.out} names one file for {len(names)} plans; give a folder")

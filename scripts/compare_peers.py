@@ -97,12 +97,12 @@ def peers(ours: minireuse.Pipeline, folder: Path, steps: int) -> dict[str, Runne
         return Runner(sample, calls=steps, full="diffusers")
 
     made = {"diffusers": runner(fresh())}
-    for every in (2, 3, 5):
+    for every, branch in ((2, 0), (3, 0), (5, 0), (2, 1), (2, 2), (2, 4)):
         pipe = fresh()
         helper = DeepCacheSDHelper(pipe=pipe)
-        helper.set_params(cache_interval=every, cache_branch_id=0)
+        helper.set_params(cache_interval=every, cache_branch_id=branch)
         helper.enable()
-        made[f"DeepCache, interval {every}"] = runner(pipe)
+        made[f"DeepCache, interval {every}" + f", branch {branch}" * (branch > 0)] = runner(pipe)
     gated = TgateSDLoader(fresh())
     settings = {"sp_interval": 5, "fi_interval": 1, "warm_up": 2}
     made[f"T-GATE, gate {steps // 2}"] = runner(gated.tgate, gate_step=steps // 2, **settings)

@@ -113,6 +113,19 @@ def test_deep_selects_one_branch_counted_from_the_outside() -> None:
         select(SITES + DEEP, kind="deep", branch=3)
 
 
+def test_a_term_may_name_its_branch() -> None:
+    for branch in range(3):
+        plan = build(f"interval:kind=deep,branch={branch}", 6, SITES + DEEP)
+        assert plan == build(f"deepcache:branch={branch}", 6, SITES + DEEP)
+        assert plan.sites == (DEEP[2 - branch],)
+    with pytest.raises(PlanError, match="branch numbers the deep features, but kind is 'map'"):
+        build("hurry:branch=1", 6, SITES + DEEP)
+    with pytest.raises(PlanError, match=r"tgate has gate, every, warmup, order$"):
+        build("tgate:branch=1", 6, SITES + DEEP)
+    with pytest.raises(PlanError, match=r"none has order, kind, sites, branch$"):
+        build("none:k=1", 6, SITES + DEEP)
+
+
 def test_every_policy_may_be_of_order_1() -> None:
     for name in POLICIES.keys() - {"phast"}:
         plan, lines = (build(name + order, 6, SITES + DEEP) for order in ("", ":order=1"))

@@ -13,10 +13,10 @@ from minireuse.budget import groups_of
 from minireuse.costs import Costs
 from minireuse.metrics import fidelity
 from minireuse.phast import search as phast_search
-from minireuse.policies import hurry, select
+from minireuse.policies import hurry, phast_for, select
 from minireuse.render import Renderer
 from minireuse.reuse import ReusePlan, Site
-from minireuse.searched import read_plan
+from minireuse.searched import Searched, read_plan
 
 from conftest import in_two_processes
 
@@ -124,6 +124,18 @@ def test_several_counts_fill_a_folder(run, tmp_path: Path) -> None:
     assert names == {"ddim-6-deep-1.json", "ddim-6-deep-3.json"}
 
 
+def test_a_branch_of_the_deep_features_is_searched(run, tmp_path: Path, pipeline: minireuse.Pipeline) -> None:
+    argv = ["--reuse", "2", "--kind", "deep", "--branch", "2", "--order", "1", "--check", "0", "--out", str(tmp_path)]
+    assert run(*argv)[0] == 0
+    searched = Searched.read(tmp_path / "ddim-6-deep-branch2-order1-2.json")
+    assert set(searched.plan.sites) == set(select(pipeline.sites, kind="deep", branch=2))
+    phast = phast_for([searched], model=searched.model)
+    plan = phast(6, select(pipeline.sites, kind="deep", branch=2), k=2, order=1)
+    assert plan == searched.plan.on(plan.sites)
+    with pytest.warns(UserWarning, match="searched with other sites for ddim, 6 calls, 2 of them reused with order 1,"):
+        phast(6, select(pipeline.sites, kind="deep"), k=2, order=1)
+
+
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch):
     """Costs as if they had been measured: times on a busy machine must not decide what a test sees."""
@@ -209,6 +221,8 @@ def test_two_processes_find_the_plan_of_one(run, model_folder: Path, prompts: Pa
         (("--out", "p.json", "--budget-latency", "1.5"), "--budget-latency is 1.5, expected a fraction"),
         (("--out", "p.json", "--budget-latency", "0.5", "--reuse", "2"), "or --reuse, not both"),
         (("--out", "p.json", "--layerwise"), "give --budget-latency"),
+        (("--out", "p.json", "--layerwise", "--budget-latency", "0.5", "--branch", "1"), "leave out --branch"),
+        (("--out", "p.json", "--branch", "1"), "branch numbers the deep features, but kind is 'map'"),
         (("--out", "p.json", "--budget-latency", "0.001", "--kind", "deep"), "takes 0.001 of the full sampler's time"),
         (("--out", "p.json", "--prompts", "9"), "holds 3 prompts, 10 are wanted"),
         (("--out", "p.json", "--reuse", "6"), "k is 6, expected"),
