@@ -41,21 +41,22 @@ def step_wise(
     a few more: storing costs time, so a plan that reuses more may store more often. Each search begins at the better of
     HURRY and the even plan.
 
-    latency: of a plan, as a fraction of the full sampler's. order: of the plans. The others are `phast.search`'s.
+    latency: of a plan, as a fraction of the full sampler's. order: of the plans. The rest is `phast.search`'s.
     Raises: PlanError where even reusing in every call but the first is too slow.
     """
     sites = tuple(sites)
     fitting = starts(calls, sites, latency=latency, budget=budget, order=order)
     if not fitting:
-        fastest = min(latency(hurry(calls, sites, k=k)) for k in range(calls))
+        fastest = min(latency(replace(hurry(calls, sites, k=k), order=order)) for k in range(calls))
         raise PlanError(
             f"no plan over these sites takes {budget} of the full sampler's time; the fastest {fastest:.3f}"
         )
     results: list[SearchResult] = []
-    for plan, *others in fitting:
+    for plans in fitting:
         if results and not (results[-1].finished and all(ranks.gather(more()))):
             break
         allowed = lambda plan: latency(plan) <= budget  # noqa: E731
+        plan, *others = plans.values()
         within: dict[str, Any] = {"k": plan.reused, "others": others, "allowed": allowed, "more": more}
         results.append(search(render, plan, sites, ranks=ranks, **within, **options))
     finished = len(results) == len(fitting) and all(result.finished for result in results)
@@ -64,14 +65,14 @@ def step_wise(
 
 def starts(
     calls: int, sites: Iterable[Site], *, latency: Callable[[ReusePlan], float], budget: float, order: int = 0
-) -> list[list[ReusePlan]]:
-    """HURRY and the even plan, where they meet the budget, for the smallest numbers of reuse calls with which HURRY
-    does: of all plans with as many, it stores least."""
+) -> list[dict[str, ReusePlan]]:
+    """The plans to begin at, by name: HURRY and the even plan where they meet the budget, for the smallest numbers of
+    reuse calls with which HURRY does. Of all plans with as many it stores least."""
     sites, found = tuple(sites), []
     for k in range(calls):
-        plans = [replace(policy(calls, sites, k=k), order=order) for policy in (hurry, interval)]
-        if latency(plans[0]) <= budget:
-            found.append([plan for plan in plans if latency(plan) <= budget])
+        plans = {policy.__name__: replace(policy(calls, sites, k=k), order=order) for policy in (hurry, interval)}
+        if latency(plans["hurry"]) <= budget:
+            found.append({name: plan for name, plan in plans.items() if latency(plan) <= budget})
     return found[:COUNTS]
 
 
@@ -91,7 +92,10 @@ def groups_of(sites: Iterable[Site], levels: int) -> dict[str, tuple[Site, ...]]
 
 
 def alike_in(groups: Sequence[Sequence[Site]]) -> dict[str, Sequence[Site]]:
-    """The sites of a step-wise plan, by kind: of attention all, of deep features the first group alone."""
+    """The sites of a step-wise plan, by kind: of attention all, of deep features one group, the first.
+
+    groups: what saves most comes first.
+    """
     by_kind = {kind: [group for group in groups if group[0].kind == kind] for kind in KINDS}
     some = {kind: found[:1] if kind == "deep" else found for kind, found in by_kind.items() if found}
     return {kind: tuple(chain(*found)) for kind, found in some.items()}
@@ -121,22 +125,27 @@ def layerwise(
     """A plan of at most `budget` latency: sensitivities, then greedily by damage per time saved, then swaps.
 
     score: mean PSNR in dB, of which the damage (mean squared error) is computed. latency: of a plan, as a fraction of
-    the full sampler's. order: of the plan. others: plans to begin at where one of them is better than the greedy
-    one, which adds up damages as if they did not touch each other. The rest is `phast.search`'s.
+    the full sampler's. order: of the plan. others: plans within the budget to begin at where one of them is better than
+    the greedy one, which adds up damages as if they did not touch each other. The rest is `phast.search`'s.
 
     Raises: PlanError where the search budget ends before the sensitivities are known, or no plan is fast enough.
     """
     journal = Journal() if journal is None else journal
     made = lambda state: grouped(state, groups, order=order)  # noqa: E731
     damage = sensitivity(Tries(made, render, score, journal, more, on_try, ranks), calls, len(groups))
-    start = made(greedy(damage, lambda state: latency(made(state)), budget))
+    plans = list(others)
+    try:
+        plans.insert(0, made(greedy(damage, lambda state: latency(made(state)), budget)))
+    except PlanError:
+        if not plans:
+            raise
     return search(
         render,
-        start,
-        start.sites,
+        plans[0],
+        tuple(chain(*groups)),
         k=None,
         score=score,
-        others=others,
+        others=plans[1:],
         groups=groups,
         allowed=lambda plan: latency(plan) <= budget,
         journal=journal,

@@ -78,7 +78,7 @@ def search(
         raise PlanError("the search budget does not even cover the start; give a larger one")
     state, start = max(scored, key=lambda tried: tried[1])
     best = start
-    rounds, improved, finished = 0, True, True
+    rounds, improved, finished = 0, True, len(scored) == len(starts)
     while improved and finished:
         rounds, improved = rounds + 1, False
         moves = [move for move in _moves(state) if allowed(made(move))]
@@ -121,7 +121,7 @@ class Tries:
 
     def __call__(self, states: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, float]]:
         """Each state with its score; ends early with the budget. Shapes: (calls, groups) each."""
-        unknown = iter([state for state in states if _drawn(state) not in self.known])
+        unknown = iter({_drawn(state): state for state in states if _drawn(state) not in self.known}.values())
         for state in states:
             if _drawn(state) not in self.known:
                 if not all(self.ranks.gather(self.more())):

@@ -168,7 +168,7 @@ def select(sites: Iterable[Site], which: str = "both", kind: str = "map", branch
     if kind == "deep" and which != "both":
         raise PlanError(f"deep features belong to no attention, but those of {which} attention are asked for")
     if branch and kind != "deep":
-        raise PlanError(f"branch numbers the deep features, but kind is {kind!r}")
+        raise PlanError(f"branch numbers the deep features, but kind is {kind!r}; ask for kind deep, or no branch")
     chosen = [s for s in sites if s.kind == kind]
     if kind == "deep":
         branches = sorted(chosen, key=lambda s: s.depth or 0)

@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--kind", choices=KINDS, help="default: map; with --layerwise all of them side by side")
     p.add_argument("--sites", choices=("self", "cross", "both"), default="both")
     p.add_argument("--branch", type=int, default=0, help="of --kind deep: 0 runs fewest layers, larger numbers more")
-    p.add_argument("--start", choices=STARTS, default="hurry", help="the plan that moves begin at")
+    p.add_argument("--start", choices=STARTS, default="hurry", help="the plan that moves begin at, with --reuse")
     p.add_argument("--order", type=int, choices=ORDERS, default=0, help="1: reuse the line through the last two values")
     add_guidance_option(p)
     p.add_argument("--prompts-file", type=Path, help="calibration prompts, one per line; default: the shipped model's")
@@ -203,7 +203,8 @@ def make_jobs(args: argparse.Namespace, pipeline: Pipeline) -> list[Job]:
         some = [s for s in pipeline.sites if s in attention or (s.kind == "deep" and "deep" in kinds)]
         groups = list(groups_of(some, len(pipeline.unet.config.block_out_channels)).values())
     about = {"kind": "layerwise" if args.layerwise else kinds[0], "kinds": kinds, "sites": args.sites}
-    about |= {"branch": args.branch, "order": args.order, "start": args.start}
+    start = args.start if args.budget_latency is None else "the best that fits"
+    about |= {"branch": args.branch, "order": args.order, "start": start}
     counts = [] if args.budget_latency is not None else args.reuse or [calls // 2]
     for k in counts:
         hurry(calls, groups[0], k=k)  # refuses an impossible number before any work
@@ -222,6 +223,7 @@ def approach(
     args: argparse.Namespace, job: Job, costs: Costs | None, calls: int
 ) -> tuple[Callable[..., phast.SearchResult], dict[str, ReusePlan]]:
     """The search a job calls for, and the plans to score beside what it finds."""
+    rivals: dict[str, ReusePlan] = {}
     if costs is None:
         simple = dict.fromkeys(("hurry", args.start))
         rivals = {n: replace(POLICIES[n](calls, job.groups[0], k=job.k), order=args.order) for n in simple}
@@ -234,10 +236,12 @@ def approach(
         groups = [g for saved, g in saving if -saved > LEAST * costs.plain]
         alike = alike_in(groups)
     fitting = {kind: starts(calls, sites, **within) for kind, sites in alike.items()}
-    rivals = {f"hurry {kind}": found[0][0] for kind, found in fitting.items() if found}
+    for kind, found in fitting.items():
+        for name, plan in itertools.chain(*(plans.items() for plans in found)):
+            rivals.setdefault(f"{name} {kind}", plan)  # the one with fewest reuse calls, which comes first
     if not args.layerwise:
         return partial(step_wise, calls=calls, sites=groups[0], **within), rivals
-    others = list(itertools.chain(*itertools.chain(*fitting.values())))
+    others = [plan for plans in itertools.chain(*fitting.values()) for plan in plans.values()]
     return partial(layerwise, calls=calls, groups=groups, others=others, **within), rivals
 
 

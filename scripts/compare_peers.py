@@ -40,13 +40,19 @@ OURS = (
     "hurry",
     *(f"phast:kind={kind},k={k}" for kind in ("map", "out", "deep") for k in (5, 10, 15)),
     *(f"phast:kind=deep,order=1,k={k}" for k in (3, 6, 8, 10, 12, 13, 15)),
+    *(f"phast:kind=deep,branch={branch},order=1,k={k}" for branch, k in ((2, 10), (4, 10), (4, 11))),
     "interval:kind=deep,order=1",
+    *(f"interval:kind=deep,branch={branch},order=1" for branch in (2, 3, 4)),
     "deepcache",
+    "deepcache:branch=2",
+    "deepcache:branch=4",
     "deepcache:every=3",
     "tgate",
     *(f"steps:{n}" for n in range(18, 7, -1)),
     "steps:16+phast:kind=deep",
     "steps:14+phast:kind=deep",
+    "steps:18+phast:kind=deep,order=1",
+    "steps:16+phast:kind=deep,order=1",
 )
 LATENCIES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the full sampler's time
 
@@ -96,11 +102,11 @@ def peers(ours: minireuse.Pipeline, folder: Path, steps: int) -> dict[str, Runne
 
         return Runner(sample, calls=steps, full="diffusers")
 
-    made = {"diffusers": runner(fresh())}
-    for every, branch in ((2, 0), (3, 0), (5, 0), (2, 1), (2, 2), (2, 4)):
+    made, layers = {"diffusers": runner(fresh())}, ours.unet.config.layers_per_block
+    for every, branch in ((2, 0), (3, 0), (5, 0), (2, 2), (2, 4)):
         pipe = fresh()
         helper = DeepCacheSDHelper(pipe=pipe)
-        helper.set_params(cache_interval=every, cache_branch_id=branch)
+        helper.set_params(cache_interval=every, cache_branch_id=package_branch(branch, layers))
         helper.enable()
         made[f"DeepCache, interval {every}" + f", branch {branch}" * (branch > 0)] = runner(pipe)
     gated = TgateSDLoader(fresh())
@@ -116,6 +122,11 @@ def peers(ours: minireuse.Pipeline, folder: Path, steps: int) -> dict[str, Runne
     helper.set_params(cache_interval=2, cache_branch_id=0)
     helper.enable()
     return made | {"DeepCache, interval 2, with ToMe, ratio 0.5": runner(both)}
+
+
+def package_branch(branch: int, layers: int) -> int:
+    """The number that the package DeepCache gives to our branch: it counts three to each block, whatever it has."""
+    return 3 * (branch // (layers + 1)) + branch % (layers + 1)
 
 
 def time_round(runners: dict[str, Runner], prompt: str, latents: Tensor, names: Sequence[str]) -> dict[str, float]:

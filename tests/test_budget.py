@@ -131,18 +131,20 @@ def test_step_wise_chooses_k_and_places_within_a_latency() -> None:
 
 
 def test_starts_are_those_that_fit_with_the_fewest_reuse_calls() -> None:
-    """Reuse saves 4 of 10 and storing costs 1, so that the even plan of three calls stores too often for 0.85."""
+    """Reuse saves 4 of 10 and storing costs 1, so that the even plan of three calls stores too often for 0.84."""
     costs = Costs(10.0, ((A,),), store=(1.0,), reuse=(-4.0,))
     found = starts(6, [A], latency=costs.latency, budget=0.85, order=1)
-    assert {plan.order for plan in itertools.chain(*found)} == {1}
-    assert [[plan.grid for plan in plans] for plans in found] == [
-        ["...###", ".#.#.#"],
-        ["..####", ".##.##"],
-        [".#####", ".#####"],
+    assert {plan.order for plans in found for plan in plans.values()} == {1}
+    assert [{name: plan.grid for name, plan in plans.items()} for plans in found] == [
+        {"hurry": "...###", "interval": ".#.#.#"},
+        {"hurry": "..####", "interval": ".##.##"},
+        {"hurry": ".#####", "interval": ".#####"},
     ]
     first, *_ = starts(6, [A], latency=costs.latency, budget=0.84)
-    assert [plan.grid for plan in first] == ["...###"]
+    assert {name: plan.grid for name, plan in first.items()} == {"hurry": "...###"}
     assert starts(6, [A], latency=costs.latency, budget=0.5) == []
+    many = starts(12, [A], latency=costs.latency, budget=0.9)
+    assert [plans["hurry"].reused for plans in many] == [4, 5, 6]  # no more than three numbers
 
 
 def test_step_wise_begins_at_the_even_plan_where_that_is_better() -> None:
@@ -168,6 +170,16 @@ def test_layerwise_is_never_worse_than_the_plans_it_may_begin_at() -> None:
     assert alone.score < 20
     assert (better.score, better.start_score) == (score(even), score(even)) == (44.0, 44.0)
     assert better.plan.on([A, B]) == even.on([A, B])
+
+
+def test_layerwise_begins_elsewhere_where_greedy_gets_stuck() -> None:
+    """Storing is so dear that no three reuse calls pay for it, as five do."""
+    costs = Costs(10.0, ((A,),), store=(7.0,), reuse=(-2.0,))
+    within = {"latency": costs.latency, "budget": 0.96, "score": lambda plan: 0.0}
+    with pytest.raises(PlanError, match=r"no plan found takes 0\.96"):
+        layerwise(lambda plan: plan, 6, [[A]], **within)
+    result = layerwise(lambda plan: plan, 6, [[A]], others=[hurry(6, [A], k=5)], **within)
+    assert result.plan == hurry(6, [A], k=5)
 
 
 def test_a_step_wise_plan_takes_all_of_attention_and_one_deep_site() -> None:

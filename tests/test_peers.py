@@ -85,11 +85,15 @@ def test_one_table_for_the_packages_and_ours(model_folder: Path, tmp_path: Path,
         "--rounds",
         "1",
     ]
-    compare_peers.main([*argv, "--ours", "deepcache", "tgate", "steps:3+hurry", "--out", str(tmp_path / "out")])
+    compare_peers.main(
+        [*argv, "--ours", "deepcache", "deepcache:branch=2", "tgate", "steps:3+hurry", "--out", str(tmp_path / "out")]
+    )
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert min(rows["diffusers"]["psnr"]) > 60  # the same full sampler
     assert all(len(row["psnr"]) == 2 and len(row["seconds"]) == 1 for row in rows.values())
-    for own, package in (("deepcache", "DeepCache, interval 2"), ("tgate", "T-GATE, gate 3")):
+    pairs = {"deepcache": "DeepCache, interval 2", "tgate": "T-GATE, gate 3"}
+    pairs["deepcache:branch=2"] = "DeepCache, interval 2, branch 2"
+    for own, package in pairs.items():
         assert rows[own]["psnr"] == pytest.approx(
             rows[package]["psnr"], abs=1
         )  # the same plans: as far from the full one
@@ -116,6 +120,13 @@ def test_the_gap_at_each_latency_is_to_the_best_of_the_others() -> None:
     assert told[3].startswith("| 0.6 of the time | `phast:k=15` | 32.0 | `DeepCache, interval 2` | 29.5 | +2.5 [")
     assert told[4].startswith("| 0.5 of the time | `phast:k=15` | 32.0 | `deepcache` | 29.0 | +3.0 [")
     assert told[5] == "| 0.4 of the time | none is as fast |  | none is as fast |  |  |"
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_branches_are_counted_as_the_package_counts_them(layers: int) -> None:
+    """It numbers by block and layer, three to a block; ours number what is there, from the outside."""
+    places = [(block, layer) for block in range(3) for layer in range(layers + 1)]
+    assert [compare_peers.package_branch(i, layers) for i in range(len(places))] == [3 * b + n for b, n in places]
 
 
 def test_which_rows_are_ours() -> None:

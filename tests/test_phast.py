@@ -78,6 +78,20 @@ def test_search_begins_at_the_best_of_several_plans() -> None:
     result = search(lambda plan: plan.grid, plans[0], [A], k=3, score=score, others=plans[1:])
     assert (str(result.plan), result.start_score) == (".##..#", 9.0)
     assert [grid for grid, _ in result.tried][:3] == list(deceptive)
+    left = iter([True])
+    cut = search(
+        lambda plan: plan.grid,
+        plans[0],
+        [A],
+        k=3,
+        score=score,
+        others=plans[1:],
+        allowed=lambda plan: False,
+        more=lambda: next(left, False),
+    )
+    assert (cut.plan, cut.finished) == (plans[0], False)
+    twice = search(lambda plan: plan.grid, plans[0], [A], k=3, score=score, others=[plans[0], plans[2], plans[1]])
+    assert (str(twice.plan), [grid for grid, _ in twice.tried][:3]) == (".##..#", ["...###", ".##.#.", ".##..#"])
     with pytest.raises(PlanError, match="differ in order or guidance"):
         search(lambda plan: plan.grid, plans[0], [A], k=3, score=score, others=[replace(plans[1], order=1)])
     with pytest.raises(PlanError, match="2 reuse calls, expected k = 3"):

@@ -159,7 +159,7 @@ def test_a_latency_chooses_the_number_of_reuse_calls(
     assert {s.kind for s in plan.sites} == {"deep"}
     assert about["latency_estimated"] == costs.latency(plan.on(pipeline.sites)) <= 0.6
     assert about["latency"] > 0
-    assert set(about["scores_unseen"]) == {"phast", "hurry deep"}
+    assert set(about["scores_unseen"]) == {"phast", "hurry deep", "interval deep"}
     made_up([select(pipeline.sites, kind="deep")], [0.01])  # another day: a search goes on by the costs it began with
     (tmp_path / "p.json").unlink()
     assert run(*argv)[0] == 0
@@ -171,14 +171,19 @@ def test_layers_and_kinds_side_by_side(run, made_up, tmp_path: Path, pipeline: m
     names = ["map of self attention at resolution 0", "out of cross attention at resolution 0", "deep of up_blocks.2"]
     saved = [0.4 if name in names else 0.001 for name in groups]
     costs = made_up(list(groups.values()), saved)
-    argv = ["--layerwise", "--budget-latency", "0.7", "--steps", "4", "--check", "0", "--out", str(tmp_path)]
+    argv = ["--layerwise", "--budget-latency", "0.83", "--steps", "4", "--out", str(tmp_path)]
     assert run(*argv)[0] == 0
-    text = (tmp_path / "ddim-4-layerwise-0.7.json").read_text()
+    text = (tmp_path / "ddim-4-layerwise-0.83.json").read_text()
     plan, about = ReusePlan.from_json(text), json.loads(text)["about"]
-    assert about["latency_estimated"] == costs.latency(plan.on(pipeline.sites)) <= 0.7
+    assert about["latency_estimated"] == costs.latency(plan.on(pipeline.sites)) <= 0.83
     reused = {site for site, column in zip(plan.sites, plan.mask.T, strict=True) if column.any()}
     assert reused <= {site for name in names for site in groups[name]}  # the others save too little to be looked at
     assert about["finished"]
+    step_wise = {f"{name} {kind}" for name in ("hurry", "interval") for kind in ("map", "out", "deep")}
+    assert set(about["scores_unseen"]) == {"phast", *step_wise}
+    tried = (tmp_path / "ddim-4-layerwise-0.83.journal.jsonl").read_text()
+    for alone in ("..##/..../....", "..../..../..##", ".#.#/..../....", "..../..../.#.#"):
+        assert f'"{alone}"' in tried  # HURRY and the even plan of a kind, as starts
 
 
 def test_costs_are_measured_where_none_are_known(run, tmp_path: Path, pipeline: minireuse.Pipeline) -> None:

@@ -14,10 +14,11 @@ from transformers import CLIPTokenizer
 
 import minireuse
 from minireuse.files import shipped_model
-from minireuse.policies import deepcache, hurry, phast_for, select
+from minireuse.policies import build, deepcache, hurry, phast_for, policies_for, select
 from minireuse.reuse import ReuseCache
 from minireuse.searched import plans_of
 
+import compare_peers
 from conftest import relative_error
 from data import scene_at
 from train_vae import psnr
@@ -75,6 +76,15 @@ def test_searched_plans_ship(pipe: minireuse.Pipeline) -> None:
         for sampler, steps, kind, k, order in expected:
             plan = policy[sampler](pipe.calls(sampler, steps), select(pipe.sites, kind=kind), k=k, order=order)
             assert (plan.reused, plan.order, plan.on(pipe.sites)) == (k, order, plan)
+
+
+def test_rows_of_the_comparison_have_plans_of_their_own(pipe: minireuse.Pipeline) -> None:
+    policies = policies_for("phast", None, "ddim", lambda: pipe.fingerprint)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in compare_peers.OURS:
+            if name.startswith("phast"):
+                build(name, 20, pipe.sites, policies=policies)
 
 
 def test_going_on_along_a_line_is_closer_than_holding(pipe: minireuse.Pipeline, full: np.ndarray) -> None:
