@@ -330,6 +330,40 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summary(results: dict[str, Any]) -> str:
+    """Markdown: the scales side by side in a few rows; medians alone."""
+    columns = {}
+    for label, found in results["scales"].items():
+        single, whole = found["calls"], found["runs"]
+        own = next(name for name in single if name.startswith("limit map")).split(", ")[1]
+
+        def medians(times: Times, *pairs: tuple[str, str]) -> str:
+            if not {name for pair in pairs for name in pair} <= times.keys():
+                return ""
+            return " / ".join(f"{statistics.median(ratios(times, *pair)):.2f}" for pair in pairs)
+
+        columns[label] = {
+            "full call / diffusers'": medians(single, ("full", "diffusers")),
+            "storing maps, float16 cache": medians(single, ("store map, float16", "full")),
+            "reusing maps / outputs / deep features": medians(
+                single, *((f"reuse {kind}, {own}", "full") for kind in ("map", "out", "deep"))
+            ),
+            "reusing maps / the same without `to_q`, `to_k`, scores, softmax": medians(
+                single, (f"reuse map, {own}", f"limit map, {own}")
+            ),
+            "reusing outputs / the same without attention layers": medians(
+                single, (f"reuse out, {own}", f"limit out, {own}")
+            ),
+            f"{STEPS} calls, HURRY with {REUSED}: maps / outputs / deep features": medians(
+                whole, *((f"HURRY {kind}", "full") for kind in ("map", "out", "deep"))
+            ),
+        }
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    rows = next(iter(columns.values()))
+    lines += [f"| {row} | " + " | ".join(cells[row] for cells in columns.values()) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
 def plot(results: dict[str, Any], path: Path) -> None:
     """Cost over resolution, batch and number of reuse calls."""
     panels = results["curves"]
@@ -383,7 +417,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, help="of timed calls; default: 9, or 21 without --quick")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="a folder for bench.json, table.md and bench.png")
+    parser.add_argument("--out", type=Path, help="a folder for bench.json, table.md, summary.md and bench.png")
     args = parser.parse_args(argv)
     if args.device == "cpu" and not (shipped_model() / "model_index.json").exists():
         raise ValueError("the shipped model is not there; run this in a checkout or an installed package")
@@ -406,6 +440,7 @@ def main(argv: list[str] | None = None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         plot(results, args.out / "bench.png")
         write_whole([args.out / "table.md"], table(results).encode())
+        write_whole([args.out / "summary.md"], summary(results).encode())
         write_whole([args.out / "bench.json"], json.dumps(results, indent=1).encode())
 
 

@@ -60,6 +60,11 @@ def test_diffusers_runs_the_same_weights(unet: UNet) -> None:
     assert relative_error(other(x, 500, encoder_hidden_states=context).sample, unet(x, 500, context)) < 1e-4
 
 
+def expected_median(times: dict[str, list[float]], name: str, other: str) -> str:
+    (a,), (b,) = times[name], times[other]  # one round
+    return f"{a / b:.2f}"
+
+
 def test_the_report(unet: UNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(bench, "scales", lambda device, quick: [SCALE])
     monkeypatch.setattr(bench, "shipped_model", lambda: tmp_path)
@@ -74,6 +79,17 @@ def test_the_report(unet: UNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     expected = bench.ratio(times, "reuse map, float32", "limit map, float32")
     assert f"| reuse map, float32 / limit map, float32 | {expected} |" in told
     assert f"| full / diffusers | {bench.ratio(found['runs'], 'full', 'diffusers')} |" in told
+    lines = (tmp_path / "out" / "summary.md").read_text().splitlines()
+    cells = dict(line.strip("| ").split(" | ") for line in lines[2:])
+    assert cells["full call / diffusers'"] == expected_median(times, "full", "diffusers")
+    assert cells["reusing outputs / the same without attention layers"] == expected_median(
+        times, "reuse out, float32", "limit out, float32"
+    )
+    assert cells["20 calls, HURRY with 10: maps / outputs / deep features"] == " / ".join(
+        expected_median(found["runs"], f"HURRY {kind}", "full") for kind in ("map", "out", "deep")
+    )
+    results["scales"][SCALE.label]["runs"] = {}
+    assert bench.summary(results).splitlines()[-1].endswith("deep features |  |")
     assert set(results["curves"]) == {"latents' side", "batch", "reuse calls of 20"}
     assert (tmp_path / "out" / "bench.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="name a new folder"):
