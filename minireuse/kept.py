@@ -85,10 +85,11 @@ class Kept:
             return self.values @ v
         y = v.new_empty(*self.values.shape[:3], v.shape[-1])
         for block in self.blocks(v.device):
-            probs = self.values[block].to(v)
+            # By way of float32: exact, and on a CPU twice as fast as straight from float16 to bfloat16.
+            probs = self.values[block].to(v.device, torch.float32)
             if self.scale is not None:
-                probs = probs.div_(255).square_().mul_(self.scale[block].to(v))
-            y[block] = probs @ v[block[:2]]
+                probs = probs.div_(255).square_().mul_(self.scale[block].to(probs))
+            y[block] = probs.to(v) @ v[block[:2]]
         return y
 
     def read(self, like: Tensor) -> Tensor:
