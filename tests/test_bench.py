@@ -61,8 +61,8 @@ def test_diffusers_runs_the_same_weights(unet: UNet) -> None:
 
 
 def expected_median(times: dict[str, list[float]], name: str, other: str) -> str:
-    (a,), (b,) = times[name], times[other]  # one round
-    return f"{a / b:.2f}"
+    in_turn = sorted(a / b for a, b in zip(times[name], times[other], strict=True))
+    return f"{in_turn[len(in_turn) // 2]:.2f}"  # of one round, or three
 
 
 def test_the_report(unet: UNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
