@@ -71,8 +71,9 @@ def starts(
     sites, found = tuple(sites), []
     for k in range(calls):
         plans = {policy.__name__: replace(policy(calls, sites, k=k), order=order) for policy in (hurry, interval)}
-        if latency(plans["hurry"]) <= budget:
-            found.append({name: plan for name, plan in plans.items() if latency(plan) <= budget})
+        fitting = {name: plan for name, plan in plans.items() if latency(plan) <= budget}
+        if "hurry" in fitting:
+            found.append(fitting)
     return found[:COUNTS]
 
 

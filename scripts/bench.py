@@ -302,12 +302,17 @@ def ratio(times: Times, name: str, other: str) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.2f}-{max(values):.2f})"
 
 
+def own_precision(single: Times) -> str:
+    """What the calls of a scale compute in, as the names of its rows have it."""
+    return next(name for name in single if name.startswith("limit map")).split(", ")[1]
+
+
 def table(results: dict[str, Any]) -> str:
     """Markdown: for each scale the ratios that matter."""
     lines = []
     for label, found in results["scales"].items():
         single, whole = found["calls"], found["runs"]
-        own = next(name for name in single if name.startswith("limit map")).split(", ")[1]
+        own = own_precision(single)
         lines += [f"## {label}", "", "| a call | ratio (range) |", "|---|---|"]
         pairs = [
             ("full", "diffusers"),
@@ -335,7 +340,7 @@ def summary(results: dict[str, Any]) -> str:
     columns = {}
     for label, found in results["scales"].items():
         single, whole = found["calls"], found["runs"]
-        own = next(name for name in single if name.startswith("limit map")).split(", ")[1]
+        own = own_precision(single)
 
         def medians(times: Times, *pairs: tuple[str, str]) -> str:
             if not {name for pair in pairs for name in pair} <= times.keys():

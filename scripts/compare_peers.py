@@ -102,13 +102,17 @@ def peers(ours: minireuse.Pipeline, folder: Path, steps: int) -> dict[str, Runne
 
         return Runner(sample, calls=steps, full="diffusers")
 
-    made, layers = {"diffusers": runner(fresh())}, ours.unet.config.layers_per_block
-    for every, branch in ((2, 0), (3, 0), (5, 0), (2, 2), (2, 4)):
-        pipe = fresh()
+    def deepcached(pipe: diffusers.StableDiffusionPipeline, every: int, branch: int = 0) -> Runner:
         helper = DeepCacheSDHelper(pipe=pipe)
-        helper.set_params(cache_interval=every, cache_branch_id=package_branch(branch, layers))
+        number = package_branch(branch, ours.unet.config.layers_per_block)
+        helper.set_params(cache_interval=every, cache_branch_id=number)
         helper.enable()
-        made[f"DeepCache, interval {every}" + f", branch {branch}" * (branch > 0)] = runner(pipe)
+        return runner(pipe)
+
+    made = {"diffusers": runner(fresh())}
+    for every, branch in ((2, 0), (3, 0), (5, 0), (2, 2), (2, 4)):
+        name = f"DeepCache, interval {every}" + f", branch {branch}" * (branch > 0)
+        made[name] = deepcached(fresh(), every, branch)
     gated = TgateSDLoader(fresh())
     settings = {"sp_interval": 5, "fi_interval": 1, "warm_up": 2}
     made[f"T-GATE, gate {steps // 2}"] = runner(gated.tgate, gate_step=steps // 2, **settings)
@@ -118,10 +122,7 @@ def peers(ours: minireuse.Pipeline, folder: Path, steps: int) -> dict[str, Runne
         made[f"ToMe, ratio {ratio}"] = runner(pipe)
     both = fresh()
     tomesd.apply_patch(both, ratio=0.5)
-    helper = DeepCacheSDHelper(pipe=both)
-    helper.set_params(cache_interval=2, cache_branch_id=0)
-    helper.enable()
-    return made | {"DeepCache, interval 2, with ToMe, ratio 0.5": runner(both)}
+    return made | {"DeepCache, interval 2, with ToMe, ratio 0.5": deepcached(both, 2)}
 
 
 def package_branch(branch: int, layers: int) -> int:
