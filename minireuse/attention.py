@@ -5,7 +5,6 @@ Modules are named as in diffusers' checkpoints (`models/attention.py`, `models/t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -26,36 +25,42 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def attention_probs(q: Tensor, k: Tensor, scratch: Tensor | None = None) -> Tensor:
-    """The attention map softmax(q k^T / sqrt(d)), in float32 whatever the inputs are.
+def attention_probs(q: Tensor, k: Tensor, out: Tensor | None = None) -> Tensor:
+    """The attention map softmax(q k^T / sqrt(d)), whose softmax is computed in float32 whatever the inputs are.
 
-    scratch: float32 memory for the map, used again and again (fresh pages cost more than the softmax); no gradients.
-    Shapes: q (B, K, N, d), k (B, K, M, d), scratch (B K N M or more,) -> (B, K, N, M).
+    out: where to leave the map, in q's dtype, rounded once at the end; no gradients. Without it the map is float32.
+    Shapes: q (B, K, N, d), k (B, K, M, d), out (B, K, N, M) -> (B, K, N, M).
     Source: Vaswani et al. 2017 equation 1.
     """
     q, k = q * q.shape[-1] ** -0.5, k.transpose(-1, -2)  # scaling the scores instead might leave half precision's range
-    if scratch is None:
+    if out is None:
         return (q @ k).softmax(dim=-1, dtype=torch.float32)
-    shape = (*q.shape[:-1], k.shape[-1])
-    out = scratch[: math.prod(shape)].view(shape)
-    scores = torch.matmul(q, k, out=out) if q.dtype == out.dtype else q @ k
-    return torch.softmax(scores, dim=-1, dtype=torch.float32, out=out)
+    return torch.softmax(torch.matmul(q, k, out=out), dim=-1, out=out)
 
 
 def storing_attention(q: Tensor, k: Tensor, v: Tensor, kept: Kept) -> Tensor:
     """The same as `fused_attention`, leaving the map in `kept`.
 
-    Block by block: what has been computed is kept and multiplied by v before it leaves the processor's cache.
+    Block by block: what has been computed is kept and multiplied by v before it leaves the processor's cache. A map
+    kept in the dtype of the computation is computed right where it is kept; any other in the same memory again and
+    again, since fresh pages cost more than the softmax.
     """
+    if torch.is_grad_enabled():  # gradients need the whole map at once
+        probs = attention_probs(q, k)
+        kept.fill(probs)
+        return probs.to(v.dtype) @ v
     y = torch.empty_like(q)
-    blocks = list(kept.blocks(q.device))
-    size = math.prod(q[blocks[0]].shape[:3]) * k.shape[2]
-    scratch = None if torch.is_grad_enabled() else torch.empty(size, device=q.device, dtype=torch.float32)
+    blocks, in_place = list(kept.blocks(q.device)), kept.holds(q)
+    scratch = None if in_place else q.new_empty(*q[blocks[0]].shape[:3], k.shape[2])
     for block in blocks:
         heads = block[:2]
-        probs = attention_probs(q[block], k[heads], scratch)
-        kept[block] = probs
-        y[block] = probs.to(v.dtype) @ v[heads]
+        if scratch is None:
+            probs = attention_probs(q[block], k[heads], out=kept.values[block])
+        else:
+            images, depth, height, _ = q[block].shape
+            probs = attention_probs(q[block], k[heads], out=scratch[:images, :depth, :height])
+            kept[block] = probs
+        y[block] = probs @ v[heads]
     return y
 
 

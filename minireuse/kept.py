@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.uint8)
-BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**28}  # of float32 values in one block: what stays in a cache, in few launches
+BLOCK_BYTES = {"cpu": 2**23, "cuda": 2**28}  # of float32 values in one block: what stays in a cache, in few launches
 
 Block = tuple[slice, slice, slice]  # images, heads, rows
 
@@ -42,8 +42,7 @@ class Kept:
     def of_map(cls, probs: Tensor, dtype: torch.dtype, device: torch.device | str) -> Kept:
         """A copy of a whole map. Shapes: (B, K, N, M)."""
         kept = cls.empty(probs.shape, dtype, device)
-        for block in kept.blocks(probs.device):
-            kept[block] = probs[block]
+        kept.fill(probs)
         return kept
 
     @classmethod
@@ -61,17 +60,29 @@ class Kept:
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.values, self.scale) if t is not None)
 
+    def holds(self, like: Tensor) -> bool:
+        """Whether numbers of `like`'s dtype and device are kept as they are: read and written with no copy."""
+        return self.scale is None and self.values.dtype == like.dtype and self.values.device == like.device
+
     def blocks(self, device: torch.device) -> Iterator[Block]:
         """The parts in which a map is written and read by computations on `device`."""
         b, heads, rows, columns = self.values.shape
         least = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"]) // 4 // columns  # rows of a block
-        height, depth = max(1, min(rows, least)), max(1, min(heads, least // rows))
-        for i, k, n in product(range(b), range(0, heads, depth), range(0, rows, height)):
-            yield slice(i, i + 1), slice(k, k + depth), slice(n, n + height)
+        height = max(1, min(rows, least))
+        depth = max(1, min(heads, least // rows))
+        images = max(1, min(b, least // rows // heads))
+        for i, k, n in product(range(0, b, images), range(0, heads, depth), range(0, rows, height)):
+            yield slice(i, i + images), slice(k, k + depth), slice(n, n + height)
+
+    def fill(self, probs: Tensor) -> None:
+        """Keep a whole map. Shapes: probs (B, K, N, M)."""
+        for block in self.blocks(probs.device):
+            self[block] = probs[block]
 
     def __setitem__(self, block: Block, probs: Tensor) -> None:
-        """Keep a part of a map. Shapes: probs (b, k, n, M), float32."""
-        probs = probs.detach()  # the cache is no part of a graph of gradients
+        """Keep a part of a map. Shapes: probs (b, k, n, M)."""
+        # The cache is no part of a graph of gradients. By way of float32: as in `__matmul__`.
+        probs = probs.detach().float()
         if self.scale is None:
             self.values[block] = probs
             return
@@ -81,7 +92,7 @@ class Kept:
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """The map times v, in v's dtype. Shapes: (B, K, N, M) @ (B, K, M, d) -> (B, K, N, d)."""
-        if self.scale is None and self.values.dtype == v.dtype and self.values.device == v.device:
+        if self.holds(v):
             return self.values @ v
         y = v.new_empty(*self.values.shape[:3], v.shape[-1])
         for block in self.blocks(v.device):

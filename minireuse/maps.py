@@ -28,6 +28,9 @@ class Handed(Kept):
 
     then: Callable[[Tensor], object]
 
+    def holds(self, like: Tensor) -> bool:
+        return False  # its values are no memory for a map
+
     def blocks(self, device: torch.device) -> Iterator[Block]:
         yield slice(None), slice(None), slice(None)
 

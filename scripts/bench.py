@@ -349,7 +349,9 @@ def summary(results: dict[str, Any]) -> str:
 
         columns[label] = {
             "full call / diffusers'": medians(single, ("full", "diffusers")),
-            "storing maps, float16 cache": medians(single, ("store map, float16", "full")),
+            "storing maps, cache of the same precision / float16": medians(
+                single, (f"store map, {own}", "full"), ("store map, float16", "full")
+            ),
             "reusing maps / outputs / deep features": medians(
                 single, *((f"reuse {kind}, {own}", "full") for kind in ("map", "out", "deep"))
             ),

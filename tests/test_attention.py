@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minireuse.attention import Attention, attention_probs, fused_attention
+from minireuse import kept
+from minireuse.attention import Attention, attention_probs, fused_attention, storing_attention
+from minireuse.kept import DTYPES, Kept
 from minireuse.policies import hurry, interval, select
 from minireuse.reuse import PLAIN, CacheError, ReuseCache, ReusePlan, StepPlan
 from minireuse.unet import UNet
@@ -277,3 +279,33 @@ def test_deep_reuse_runs_nothing_deeper(unet: UNet, monkeypatch: pytest.MonkeyPa
 def test_fused_attention_is_attention() -> None:
     q, k, v = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 7, 4), torch.randn(1, 2, 7, 4)
     torch.testing.assert_close(fused_attention(q, k, v), attention_probs(q, k) @ v, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kept_in", DTYPES)
+@pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
+def test_a_stored_map_is_a_float32_softmax_rounded_once_and_is_what_multiplies(
+    kept_in: torch.dtype, computed_in: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(kept.BLOCK_BYTES, "cpu", 4 * 33 * 12)  # several blocks to an image, the last one smaller
+    q, k, v = (torch.randn(2, 3, n, 8).to(computed_in) for n in (40, 33, 33))
+    held = Kept.empty((2, 3, 40, 33), kept_in, "cpu")
+    with torch.no_grad():
+        y = storing_attention(q, k, v, held)
+    probs = ((q * 8**-0.5) @ k.transpose(-1, -2)).softmax(-1, dtype=torch.float32).to(computed_in)
+    # Blocks may be summed in another order: one last digit, of the map and of its products.
+    digit = torch.finfo(computed_in).eps
+    torch.testing.assert_close(y, probs @ v, atol=4 * digit, rtol=digit)
+    expected = Kept.of_map(probs, kept_in, "cpu")
+    torch.testing.assert_close(
+        held.read(probs), expected.read(probs), atol=0, rtol=digit if held.scale is None else 0.02
+    )
+
+
+def test_gradients_pass_through_a_storing_call_and_not_into_the_cache() -> None:
+    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (40, 33, 33))
+    held = Kept.empty((2, 3, 40, 33), torch.float32, "cpu")
+    wanted = torch.autograd.grad(fused_attention(q, k, v).square().sum(), (q, k, v))
+    given = torch.autograd.grad(storing_attention(q, k, v, held).square().sum(), (q, k, v))
+    torch.testing.assert_close(given, wanted)
+    torch.testing.assert_close(held.values, attention_probs(q, k).detach())
+    assert not held.values.requires_grad
