@@ -35,7 +35,7 @@ def attention_probs(q: Tensor, k: Tensor, out: Tensor | None = None) -> Tensor:
     q, k = q * q.shape[-1] ** -0.5, k.transpose(-1, -2)  # scaling the scores instead might leave half precision's range
     if out is None:
         return (q @ k).softmax(dim=-1, dtype=torch.float32)
-    return torch.softmax(torch.matmul(q, k, out=out), dim=-1, out=out)
+    return torch.softmax(torch.matmul(q, k, out=out), dim=-1, out=out)  # its kernels use float32 for halves, too
 
 
 def storing_attention(q: Tensor, k: Tensor, v: Tensor, kept: Kept) -> Tensor:
@@ -45,10 +45,10 @@ def storing_attention(q: Tensor, k: Tensor, v: Tensor, kept: Kept) -> Tensor:
     kept in the dtype of the computation is computed right where it is kept; any other in the same memory again and
     again, since fresh pages cost more than the softmax.
     """
-    if torch.is_grad_enabled():  # gradients need the whole map at once
-        probs = attention_probs(q, k)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):  # gradients need the whole map at once
+        probs = attention_probs(q, k).to(q.dtype)
         kept.fill(probs)
-        return probs.to(v.dtype) @ v
+        return probs @ v
     y = torch.empty_like(q)
     blocks, in_place = list(kept.blocks(q.device)), kept.holds(q)
     scratch = None if in_place else q.new_empty(*q[blocks[0]].shape[:3], k.shape[2])

@@ -65,7 +65,10 @@ class Kept:
         return self.scale is None and self.values.dtype == like.dtype and self.values.device == like.device
 
     def blocks(self, device: torch.device) -> Iterator[Block]:
-        """The parts in which a map is written and read by computations on `device`."""
+        """The parts in which a map is written and read by computations on `device`: none larger than the first.
+
+        Each is contiguous, so that a map can be computed right into it.
+        """
         b, heads, rows, columns = self.values.shape
         least = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"]) // 4 // columns  # rows of a block
         height = max(1, min(rows, least))

@@ -29,7 +29,7 @@ class Handed(Kept):
     then: Callable[[Tensor], object]
 
     def holds(self, like: Tensor) -> bool:
-        return False  # its values are no memory for a map
+        return False  # or the map would be written over `values`, which are another tensor's
 
     def blocks(self, device: torch.device) -> Iterator[Block]:
         yield slice(None), slice(None), slice(None)

@@ -22,12 +22,13 @@ def filled(probs: torch.Tensor, dtype: torch.dtype) -> Kept:
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 8, 64, 64), (1, 1, 1, 1), (3, 5, 7, 300_000), (2, 2, 1024, 1024), (2, 3, 100, 77)]
+    "shape", [(2, 8, 64, 64), (1, 1, 1, 1), (3, 5, 7, 300_000), (2, 2, 1024, 1024), (2, 3, 100, 77), (5, 2, 1024, 512)]
 )
 def test_blocks_cover_every_row_once(shape: tuple[int, ...]) -> None:
     held = Kept(torch.empty(shape, device="meta"))
     times = torch.zeros(shape[:3], dtype=torch.int)
     for block in held.blocks(CPU):
+        assert held.values[block].is_contiguous()
         times[block] += 1
     assert (times == 1).all()
 
