@@ -50,15 +50,13 @@ def storing_attention(q: Tensor, k: Tensor, v: Tensor, kept: Kept) -> Tensor:
         kept.fill(probs)
         return probs @ v
     y = torch.empty_like(q)
-    blocks, in_place = list(kept.blocks(q.device)), kept.holds(q)
-    scratch = None if in_place else q.new_empty(*q[blocks[0]].shape[:3], k.shape[2])
+    blocks = list(kept.blocks(q.device))
+    scratch = None if kept.holds(q) else q.new_empty(*q[blocks[0]].shape[:3], k.shape[2])
     for block in blocks:
-        heads = block[:2]
-        if scratch is None:
-            probs = attention_probs(q[block], k[heads], out=kept.values[block])
-        else:
-            images, depth, height, _ = q[block].shape
-            probs = attention_probs(q[block], k[heads], out=scratch[:images, :depth, :height])
+        heads, (images, depth, height, _) = block[:2], q[block].shape
+        room = kept.values[block] if scratch is None else scratch[:images, :depth, :height]
+        probs = attention_probs(q[block], k[heads], out=room)
+        if scratch is not None:
             kept[block] = probs
         y[block] = probs @ v[heads]
     return y

@@ -335,18 +335,19 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def medians(times: Times, *pairs: tuple[str, str]) -> str:
+    """The median ratio of each pair, or nothing where a run was not timed."""
+    if not {name for pair in pairs for name in pair} <= times.keys():
+        return ""
+    return " / ".join(f"{statistics.median(ratios(times, *pair)):.2f}" for pair in pairs)
+
+
 def summary(results: dict[str, Any]) -> str:
     """Markdown: the scales side by side in a few rows; medians alone."""
     columns = {}
     for label, found in results["scales"].items():
         single, whole = found["calls"], found["runs"]
         own = own_precision(single)
-
-        def medians(times: Times, *pairs: tuple[str, str]) -> str:
-            if not {name for pair in pairs for name in pair} <= times.keys():
-                return ""
-            return " / ".join(f"{statistics.median(ratios(times, *pair)):.2f}" for pair in pairs)
-
         columns[label] = {
             "full call / diffusers'": medians(single, ("full", "diffusers")),
             "storing maps, cache of the same precision / float16": medians(
