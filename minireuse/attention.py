@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minireuse.kept import Kept
-from minireuse.reuse import PLAIN, ReuseCache, Site, StepPlan
+from minireuse.cache import Kept, ReuseCache
+from minireuse.plan import PLAIN, Site, StepPlan
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

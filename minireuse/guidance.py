@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from minireuse.compiled import CompiledUNet
-from minireuse.reuse import ReuseCache, ReusePlan, Site
+from minireuse.attention import TextKV
+from minireuse.cache import ReuseCache
+from minireuse.plan import ReusePlan, Site, StepPlan
 from minireuse.schedule import Schedule
-from minireuse.unet import UNet
+
+
+class ConditionalUNet(Protocol):
+    """What is asked of a U-Net: `minireuse.unet.UNet`, or anything that is called like one."""
+
+    def text_kv(self, context: Tensor) -> TextKV:
+        """As `UNet.text_kv`."""
+
+    def __call__(self, x: Tensor, t: float, context: TextKV, step: StepPlan, cache: ReuseCache) -> Tensor:
+        """As `UNet.forward`."""
 
 
 def unguided(plan: ReusePlan) -> ReusePlan:
@@ -20,7 +31,7 @@ def unguided(plan: ReusePlan) -> ReusePlan:
 
 
 def guided_denoise(
-    unet: UNet | CompiledUNet,
+    unet: ConditionalUNet,
     context: Tensor,
     schedule: Schedule,
     plan: ReusePlan,

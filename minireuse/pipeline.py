@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minireuse import checkpoint
-from minireuse.compiled import CompiledUNet
-from minireuse.config import GUIDANCE_SCALE, PREDICTION_TYPES
+from minireuse import checkpoints
+from minireuse.cache import ReuseCache
+from minireuse.config import GUIDANCE_SCALE
 from minireuse.devices import pick_device, pick_dtype
 from minireuse.files import shipped_model
-from minireuse.guidance import guided_denoise
-from minireuse.reuse import ReuseCache, ReusePlan, Site
+from minireuse.guidance import ConditionalUNet, guided_denoise
+from minireuse.plan import ReusePlan, Site
 from minireuse.samplers import SAMPLERS, Denoise, Sampler, Step, count_calls
-from minireuse.schedule import Schedule
+from minireuse.schedule import PREDICTION_TYPES, Schedule
 from minireuse.text import TextEncoder
 from minireuse.unet import UNet
 from minireuse.vae import VAE
@@ -70,9 +70,9 @@ def load(
     precision = pick_dtype(dtype, place)
     folder = Path(path or shipped_model())
     if place.type == "meta":
-        parts = checkpoint.empty_parts(folder, prediction_type)
+        parts = checkpoints.empty_parts(folder, prediction_type)
     else:
-        parts = checkpoint.load_parts(folder, precision, prediction_type, tokenizer)
+        parts = checkpoints.load_parts(folder, precision, prediction_type, tokenizer)
     # Convolutions are faster with channels last on CUDA's tensor cores and in oneDNN.
     unet = parts.unet.to(place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     vae = parts.vae.to(place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -91,14 +91,7 @@ class Pipeline:
     text: TextEncoder
     schedule: Schedule
     guidance_scale: float = GUIDANCE_SCALE  # what `generate` takes unless told
-    compiled: CompiledUNet | None = None  # what `generate` calls instead of `unet`, if it is there
-
-    def compile(self) -> None:
-        """Let `generate` call the U-Net, as it is now, by compiled graphs, until `compiled` is None: one run at a time.
-
-        The first call of each kind compiles a graph, which counts in that run's seconds.
-        """
-        self.compiled = CompiledUNet(self.unet)
+    compiled: ConditionalUNet | None = None  # what `generate` calls instead of `unet`, such as a `CompiledUNet` of it
 
     @property
     def sites(self) -> tuple[Site, ...]:

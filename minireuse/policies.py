@@ -6,19 +6,37 @@ relatives are plans over the same sites.
 
 from __future__ import annotations
 
-import inspect
-import operator
+import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from functools import reduce
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from minireuse.reuse import KINDS, PlanError, ReusePlan, Site
-from minireuse.searched import Searched, fit, nearest, plans_of, read_plan, told
+from minireuse.plan import KINDS, PlanError, ReusePlan, Site
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A step-wise plan that a search found, and what it was searched for."""
+
+    plan: ReusePlan
+    model: str  # fingerprint of the U-Net
+    sampler: str
+
+    @property
+    def row(self) -> tuple[bool, ...]:
+        """Which calls the plan reuses."""
+        return tuple(cell == "#" for cell in self.plan.grid or "")
+
+    def __str__(self) -> str:
+        return told(self.sampler, self.plan.calls, self.plan.reused, self.plan.order)
+
+
+def told(sampler: str, calls: int, reused: int, order: int) -> str:
+    """A setting that plans are searched for, in words."""
+    return f"{sampler}, {calls} calls, {reused} of them reused" + f" with order {order}" * (order > 0)
+
 
 Policy = Callable[..., ReusePlan]
 
@@ -34,34 +52,39 @@ def hurry(calls: int, sites: Iterable[Site], *, k: int | None = None) -> ReusePl
     return _stepwise(calls, sites, range(calls - k, calls))
 
 
-def phast(calls: int, sites: Iterable[Site], *, k: int | None = None, order: int = 0) -> ReusePlan:
-    """PHAST: a plan found by search around HURRY. Of those that ship, the nearest; a warning says which.
+def phast(
+    calls: int,
+    sites: Iterable[Site],
+    *,
+    plans: Iterable[Searched] = (),
+    k: int | None = None,
+    order: int = 0,
+    sampler: str = "ddim",
+    model: str = "",
+) -> ReusePlan:
+    """PHAST: of the plans that searches have found, the one made for what is most like this run, fitted to it.
 
-    Knows neither model nor sampler and takes the plans of DDIM first; `phast_for` knows them.
+    plans: `minireuse.search.plans_of` reads those of a model. sampler, model: of this run (`Pipeline.fingerprint`).
+    A warning says what was chosen where no plan was searched for just this run.
+    Raises: PlanError without plans.
     """
-    return phast_for(plans_of())(calls, sites, k=k, order=order)
-
-
-def phast_for(plans: Iterable[Searched], sampler: str = "ddim", model: str = "") -> Policy:
-    """The policy `phast` that chooses among these plans for this sampler and model (`Pipeline.fingerprint`)."""
-    plans = list(plans)
-
-    def phast(calls: int, sites: Iterable[Site], *, k: int | None = None, order: int = 0) -> ReusePlan:
-        k, sites = _reuse_count(calls, k), tuple(sites)
-        found = nearest(plans, calls, sites, k, sampler, model, order)
-        advice = "`python -m minireuse.search` searches one for this setting"
-        if found is None:
-            warnings.warn(f"phast knows no plan for sites like these and takes hurry; {advice}", stacklevel=2)
-            return replace(hurry(calls, sites, k=k), order=order)
-        plan, exact = found
-        if not exact:
-            others = ["another model"] * (plan.model != model) + ["other sites"] * (set(plan.plan.sites) != set(sites))
-            for_what = f"with {' and '.join(others)} " * bool(others) + f"for {plan}"
-            run = told(sampler, calls, k, order)
-            warnings.warn(f"phast takes the plan searched {for_what}, fitted to {run}; {advice}", stacklevel=2)
-        return ReusePlan.stepwise(fit(plan.row, calls, k), sites, order)
-
-    return phast
+    k, sites, plans = _reuse_count(calls, k), tuple(sites), list(plans)
+    advice = "`python -m minireuse.search` searches one for this setting"
+    if not plans:
+        raise PlanError(
+            f"phast needs plans to choose from; {advice}, and minireuse.search.plans_of reads those there are"
+        )
+    found = nearest(plans, calls, sites, k, sampler, model, order)
+    if found is None:
+        warnings.warn(f"phast knows no plan for sites like these and takes hurry; {advice}", stacklevel=2)
+        return replace(hurry(calls, sites, k=k), order=order)
+    plan, exact = found
+    if not exact:
+        others = ["another model"] * (plan.model != model) + ["other sites"] * (set(plan.plan.sites) != set(sites))
+        for_what = f"with {' and '.join(others)} " * bool(others) + f"for {plan}"
+        run = told(sampler, calls, k, order)
+        warnings.warn(f"phast takes the plan searched {for_what}, fitted to {run}; {advice}", stacklevel=2)
+    return ReusePlan.stepwise(fit(plan.row, calls, k), sites, order)
 
 
 def early(calls: int, sites: Iterable[Site], *, k: int | None = None) -> ReusePlan:
@@ -141,18 +164,6 @@ RELATIVES: dict[str, Policy] = {f.__name__: f for f in (deepcache, tgate, pab)} 
 POLICIES: dict[str, Policy] = STEPWISE | RELATIVES
 
 
-def policies_for(
-    expressions: str, folder: Path | None, sampler: str, fingerprint: Callable[[], str]
-) -> Mapping[str, Policy]:
-    """All policies, `phast` among them with the plans of the model in `folder` and those that ship.
-
-    Plans are read, and the fingerprint asked for, only where the expressions name `phast`: both take a while.
-    """
-    if "phast" not in names_in(expressions):
-        return POLICIES
-    return POLICIES | {"phast": phast_for(plans_of(folder), sampler, fingerprint())}
-
-
 def select(sites: Iterable[Site], which: str = "both", kind: str = "map", branch: int = 0) -> tuple[Site, ...]:
     """The sites of one kind, in self attention, cross attention or both; of `deep` the one number `branch`.
 
@@ -180,83 +191,52 @@ def select(sites: Iterable[Site], which: str = "both", kind: str = "map", branch
     return tuple(chosen)
 
 
-def build(
-    expression: str,
-    calls: int,
-    sites: Iterable[Site],
-    *,
-    k: int | None = None,
-    which: str = "both",
-    kind: str = "map",
-    policies: Mapping[str, Policy] = POLICIES,
-) -> ReusePlan:
-    """The plan a text names: a policy, a plan file, or several joined by `|`.
+# --- plans that were searched ----------------------------------------------------------------------------------------
 
-    Knobs follow a policy's name, as in `deepcache:every=3` or `hurry:k=5,kind=out,sites=cross`. All of them have
-    `order`, that of the plan; those that reuse the sites they are given have what `select` chooses by: `kind`, `sites`,
-    `branch`.
 
-    sites: the model's; k, which, kind: for the policies that reuse the sites they are given; policies: by name.
-    Raises: PlanError for an unknown name or knob, or what the policy itself refuses; OSError for an unreadable file.
+def nearest(
+    plans: Iterable[Searched], calls: int, sites: Iterable[Site], k: int, sampler: str, model: str, order: int = 0
+) -> tuple[Searched, bool] | None:
+    """The plan searched for what is most like this run, and whether it was searched for just this run.
+
+    A plan of the same model counts most, then one of the same sampler, order, sites, number of calls, share of reuse.
+    None where no plan reuses sites of this kind: what is a good place for a map is a poor one for deep features.
     """
-    sites = tuple(sites)
-    terms = [term.strip() for term in expression.split("|")]
-    if k is not None and not takes_count(expression, policies):
-        raise PlanError(f"{expression} takes no number of reuse calls; see the knobs of policies in the README")
-    return reduce(operator.or_, (_term(term, calls, sites, k, which, kind, policies) for term in terms))
+    sites = set(sites)
+    kinds = {site.kind for site in sites}
+
+    def distance(p: Searched) -> tuple[float, ...]:
+        return (
+            p.model != model,
+            p.sampler != sampler,
+            p.plan.order != order,
+            set(p.plan.sites) != sites,
+            abs(math.log(p.plan.calls / calls)),
+            abs(p.plan.reused / p.plan.calls - k / calls),
+        )
+
+    known = [p for p in plans if {site.kind for site in p.plan.sites} == kinds]
+    best = min(known, key=distance, default=None)
+    return None if best is None else (best, not any(distance(best)))
 
 
-def names_in(expression: str) -> list[str]:
-    """The policies or plan files that an expression joins, without their knobs."""
-    return [term.strip().partition(":")[0] for term in expression.split("|")]
+def fit(row: Sequence[bool], calls: int, k: int) -> np.ndarray:
+    """A plan with k reuse calls out of `calls` whose reuse lies where it does in `row`, in proportion.
 
-
-def takes_count(expression: str, policies: Mapping[str, Policy] = POLICIES) -> bool:
-    """Whether a policy in the expression lets the number of reuse calls be chosen."""
-    chosen = (policies.get(name) for name in names_in(expression))
-    return any("k" in inspect.signature(policy).parameters for policy in chosen if policy is not None)
-
-
-def takes_sites(expression: str) -> bool:
-    """Whether a policy in the expression reuses the sites it is given."""
-    return not STEPWISE.keys().isdisjoint(names_in(expression))
-
-
-def _term(
-    term: str,
-    calls: int,
-    sites: tuple[Site, ...],
-    k: int | None,
-    which: str,
-    kind: str,
-    policies: Mapping[str, Policy],
-) -> ReusePlan:
-    name, _, settings = term.partition(":")
-    if name not in policies:
-        if not Path(term).is_file():
-            known = ", ".join(policies)
-            raise PlanError(f"policy is {term!r}, expected one of {known}, or an existing plan file")
-        return read_plan(Path(term))[0]
-    policy = policies[name]
-    numbers: dict[str, Any] = {"order": 0, "branch": 0, "k": k}
-    own = [p for p in inspect.signature(policy).parameters if p not in ("calls", "sites")]
-    choosing = () if name in RELATIVES else ("kind", "sites", "branch")
-    knobs = list(dict.fromkeys((*own, "order", *choosing)))
-    words = {"kind": kind, "sites": which}
-    for setting in filter(None, settings.split(",")):
-        knob, _, value = setting.partition("=")
-        if knob in words and knob in choosing:
-            words[knob] = value
-            continue
-        try:
-            numbers[knob] = float(value) if "." in value else int(value)
-        except ValueError:
-            raise PlanError(f"policy {term}: {setting!r} is not knob=number") from None
-        if knob not in knobs:
-            raise PlanError(f"policy {term}: no knob {knob!r}; {name} has {', '.join(knobs)}")
-    chosen = select(sites, words["sites"], words["kind"], numbers["branch"]) if choosing else sites
-    plan = policy(calls, chosen, **{knob: value for knob, value in numbers.items() if knob in own})
-    return replace(plan, order=numbers["order"])
+    Shapes: row (S',) -> (calls,). Equal calls and k give the row itself.
+    """
+    places = np.flatnonzero(row)
+    if not len(places):
+        places = np.array([len(row) - 1])
+    # Spread the k over the row's reuse calls, each of which stands for its part of the run.
+    share = (np.arange(k) + 0.5) / max(k, 1) * len(places)
+    wanted = (places[share.astype(int)] + share % 1) / len(row)
+    fitted = np.zeros(calls, dtype=bool)
+    last = 0
+    for j, place in enumerate(np.floor(wanted * calls).astype(int)):
+        last = min(max(place, last + 1), calls - k + j)  # in order, never call 0, with room for those to come
+        fitted[last] = True
+    return fitted
 
 
 def _require_whole(name: str, value: float, least: int, most: int | None = None) -> None:

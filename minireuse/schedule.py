@@ -12,7 +12,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minireuse.config import BETA_SCHEDULES, PREDICTION_TYPES, SD_SCHEDULE, SPACINGS, ScheduleConfig
+BETA_SCHEDULES = ("linear", "scaled_linear")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The noise schedule a model was trained on, and how its timesteps are chosen at sampling time.
+
+    Source: diffusers `schedulers/scheduling_ddim.py` for the names; arXiv 2305.08891 table 2 for the spacings.
+    """
+
+    train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"  # "scaled_linear": linear in sqrt(beta), Stable Diffusion's
+    prediction_type: str = "epsilon"
+    spacing: str = "leading"
+    offset: int = 1  # added to "leading" timesteps
+    last_alpha_one: bool = False  # alpha-bar after the last step: 1, or (False, as in SD) alphas_cumprod[0]
+
+
+SD_SCHEDULE = ScheduleConfig()  # Stable Diffusion 1.x's
+
 
 END = -1  # the timestep after a trajectory's last one, where `last_alpha_cumprod` holds
 

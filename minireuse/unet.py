@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minireuse.attention import Attention, SpatialTransformer, Text, TextKV, TransformerBlock
+from minireuse.cache import ReuseCache
 from minireuse.config import UNetConfig
 from minireuse.layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample, timestep_embedding
-from minireuse.reuse import PLAIN, ReuseCache, Site, StepPlan
+from minireuse.plan import PLAIN, Site, StepPlan
 
 EPS = 1e-5  # of the group norms outside the transformers
 

@@ -29,16 +29,18 @@ from tqdm import tqdm
 
 import minireuse
 from minireuse import attention
-from minireuse.command import exit_status
-from minireuse.compiled import CompiledUNet
-from minireuse.config import SD1_UNET, SD2_UNET, ScheduleConfig, UNetConfig
+from minireuse.cache import ReuseCache
+from minireuse.checkpoints.configs import write_schedule_config, write_unet_config
+from minireuse.common.status import exit_status
+from minireuse.compilation import CompiledUNet
+from minireuse.config import SD1_UNET, SD2_UNET, UNetConfig
 from minireuse.files import shipped_model, write_whole
-from minireuse.forecast import forecast
 from minireuse.guidance import guided_denoise
+from minireuse.plan import PLAIN, ReusePlan, StepPlan
 from minireuse.policies import hurry, select
-from minireuse.reuse import PLAIN, ReuseCache, ReusePlan, StepPlan
+from minireuse.sample.forecast import forecast
 from minireuse.samplers import ddim
-from minireuse.schedule import Schedule
+from minireuse.schedule import Schedule, ScheduleConfig
 from minireuse.unet import UNet
 
 matplotlib.use("Agg")
@@ -94,7 +96,7 @@ def build_unet(scale: Scale) -> UNet:
 def diffusers_unet(unet: UNet) -> diffusers.UNet2DConditionModel:
     """The same weights in diffusers, laid out as it would load them."""
     with torch.device("meta"):
-        other = diffusers.UNet2DConditionModel.from_config(unet.config.to_diffusers())
+        other = diffusers.UNet2DConditionModel.from_config(write_unet_config(unet.config))
     other.load_state_dict({name: value.contiguous() for name, value in unet.state_dict().items()}, assign=True)
     return other.eval()
 
@@ -225,7 +227,7 @@ def runs(unet: UNet, scale: Scale, compiled: bool = False) -> dict[str, Callable
             text_encoder=None,
             tokenizer=None,
             unet=diffusers_unet(unet),
-            scheduler=diffusers.DDIMScheduler.from_config(ScheduleConfig().to_diffusers()),
+            scheduler=diffusers.DDIMScheduler.from_config(write_schedule_config(ScheduleConfig())),
             safety_checker=None,
             feature_extractor=None,
         )

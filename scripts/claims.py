@@ -12,6 +12,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import minireuse
-from minireuse.evaluate import SEED
-from minireuse.journal import Journal
-from minireuse.maps import Watcher
-from minireuse.metrics import fidelity
-from minireuse.policies import early, hurry, phast_for, select
+from minireuse.cache import ReuseCache
+from minireuse.common.journal import Journal
+from minireuse.common.metrics import fidelity
+from minireuse.evaluate.command import SEED
+from minireuse.plan import ReusePlan, Site, StepPlan
+from minireuse.policies import early, hurry, phast, select
 from minireuse.policies import interval as evenly
 from minireuse.policies import random as at_random
-from minireuse.render import Renderer
-from minireuse.reuse import ReuseCache, ReusePlan, Site, StepPlan
-from minireuse.searched import Searched
+from minireuse.sample.maps import Watcher
+from minireuse.search.plan_files import Searched
+from minireuse.search.render import Renderer
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,7 @@ def generalisation(study: Study, count: int = 8) -> dict[str, Any]:
         carried = [p for p in study.plans if (p.sampler, p.plan.calls) == ("ddim", study.steps)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the plan was searched for something else is the point
-            plans = [f(calls, sites, k=calls // 2) for f in (phast_for(carried), hurry)]
+            plans = [f(calls, sites, k=calls // 2) for f in (partial(phast, plans=carried), hurry)]
 
         def gain(setting: dict = setting, plans: list[ReusePlan] = plans) -> list[float]:
             render = study.renderer(count, **setting)

@@ -27,14 +27,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import minireuse
-from minireuse.command import exit_status
-from minireuse.evaluate import SEED, picture, save_pictures, timed_rounds
+from minireuse.cache import ReuseCache
+from minireuse.common.journal import Journal
+from minireuse.common.metrics import fidelity, interval, ssim
+from minireuse.common.status import exit_status
+from minireuse.evaluate.command import SEED, picture, save_pictures, timed_rounds
+from minireuse.evaluate.report import fraction, summarise, write_report
 from minireuse.files import read_lines, shipped_model, write_whole
-from minireuse.journal import Journal
-from minireuse.metrics import fidelity, interval, ssim
-from minireuse.policies import RELATIVES, build, names_in, policies_for
-from minireuse.report import fraction, summarise, write_report
-from minireuse.reuse import ReuseCache, ReusePlan
+from minireuse.plan import ReusePlan
+from minireuse.policies import RELATIVES
+from minireuse.search.language import build, names_in, policies_for
 
 OURS = (
     "hurry",

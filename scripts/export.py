@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from minireuse.checkpoints.configs import write_schedule_config, write_unet_config, write_vae_config
 from minireuse.vae import VAE
 
 from train_unet import SCHEDULE_CONFIG, UNET_CONFIG, Model, run_tokenizer
@@ -61,9 +62,9 @@ def export(run: Path, out: Path) -> None:
     ema.copy_to(model)
 
     write(out, INDEX, "model_index.json")
-    write(out / "unet", UNET_CONFIG.to_diffusers(), "config.json", half(model.unet))
-    write(out / "vae", VAE_CONFIG.to_diffusers(), "config.json", half(vae))
-    write(out / "scheduler", SCHEDULE_CONFIG.to_diffusers(), "scheduler_config.json")
+    write(out / "unet", write_unet_config(UNET_CONFIG), "config.json", half(model.unet))
+    write(out / "vae", write_vae_config(VAE_CONFIG), "config.json", half(vae))
+    write(out / "scheduler", write_schedule_config(SCHEDULE_CONFIG), "scheduler_config.json")
     text = model.text.model
     # Published checkpoints hold the transformer under this prefix, as transformers did before version 5.
     prefix = "" if next(iter(text.state_dict())).startswith("text_model.") else "text_model."

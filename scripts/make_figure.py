@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 import minireuse
-from minireuse.metrics import psnr
-from minireuse.policies import build, policies_for
+from minireuse.common.metrics import psnr
+from minireuse.search.language import build, policies_for
 
 ROWS = ("none", "hurry", "phast", "phast:kind=deep", "phast:kind=deep,order=1")
 PROMPTS = (

@@ -22,13 +22,14 @@ import torch
 from PIL import Image
 
 import minireuse
-from minireuse import evaluate, search
-from minireuse.command import exit_status
+from minireuse.common.journal import Journal
+from minireuse.common.metrics import fidelity, interval
+from minireuse.common.status import exit_status
+from minireuse.evaluate import command as evaluate
+from minireuse.evaluate.report import FULL, KERNELS, fraction, summarise
 from minireuse.files import read_lines, shipped_model, write_whole
-from minireuse.journal import Journal
-from minireuse.metrics import fidelity, interval
-from minireuse.report import FULL, KERNELS, fraction, summarise
-from minireuse.searched import plans_of
+from minireuse.search import command as search
+from minireuse.search.plan_files import plans_of
 
 import claims
 from claims import Study, verdict

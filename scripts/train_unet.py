@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-from minireuse.checkpoint import load_parts
-from minireuse.config import ScheduleConfig, UNetConfig
-from minireuse.schedule import Schedule
+from minireuse.checkpoints.parts import load_parts
+from minireuse.config import UNetConfig
+from minireuse.schedule import Schedule, ScheduleConfig
 from minireuse.text import TextEncoder
 from minireuse.unet import UNet
 from minireuse.vae import VAE

@@ -385,7 +385,7 @@ def degrade(image: Array, blur: float, noise: float, rng: np.random.Generator) -
 def _generate(args: argparse.Namespace, scenes: Sequence[Scene]) -> list[Array]:
     """A picture for each scene's plain caption, seeded by its number."""
     import minireuse  # here, so that --validate does without torch
-    from minireuse.policies import build
+    from minireuse.search.language import build
 
     pipe = minireuse.load(args.model)
     args.guidance_scale = pipe.guidance_scale if args.guidance_scale is None else args.guidance_scale

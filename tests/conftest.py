@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minireuse.checkpoints.configs import write_schedule_config, write_unet_config, write_vae_config
+
 # Nothing in these tests may reach out: a missing file must fail at once instead of waiting for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -20,7 +22,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import minireuse
-from minireuse.config import ScheduleConfig, UNetConfig, VAEConfig
+from minireuse.config import UNetConfig, VAEConfig
+from minireuse.schedule import ScheduleConfig
 
 import faults
 from make_tokenizer import make_tokenizer
@@ -126,11 +129,11 @@ def write_pipeline(
         pad_token_id=tokenizer.pad_token_id,
     )
     diffusers.StableDiffusionPipeline(
-        vae=randomise(diffusers.AutoencoderKL.from_config(TINY_VAE.to_diffusers())),
+        vae=randomise(diffusers.AutoencoderKL.from_config(write_vae_config(TINY_VAE))),
         text_encoder=randomise(CLIPTextModel(text_config)),
         tokenizer=tokenizer,
-        unet=randomise(diffusers.UNet2DConditionModel.from_config(unet.to_diffusers())),
-        scheduler=diffusers.DDIMScheduler.from_config(schedule.to_diffusers()),
+        unet=randomise(diffusers.UNet2DConditionModel.from_config(write_unet_config(unet))),
+        scheduler=diffusers.DDIMScheduler.from_config(write_schedule_config(schedule)),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

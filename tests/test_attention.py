@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minireuse import kept
+from minireuse import cache as kept
 from minireuse.attention import Attention, attention_probs, fused_attention, storing_attention
-from minireuse.kept import DTYPES, Kept
+from minireuse.cache import DTYPES, CacheError, Kept, ReuseCache
+from minireuse.plan import PLAIN, ReusePlan, StepPlan
 from minireuse.policies import hurry, interval, select
-from minireuse.reuse import PLAIN, CacheError, ReuseCache, ReusePlan, StepPlan
 from minireuse.unet import UNet
 
 from conftest import TINY_UNET, randomise

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from minireuse.attention import Attention
+from minireuse.cache import ReuseCache
+from minireuse.plan import StepPlan
 from minireuse.policies import select
-from minireuse.reuse import ReuseCache, StepPlan
 from minireuse.unet import UNet
 
 import bench

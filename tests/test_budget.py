@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import minireuse
-from minireuse.budget import alike_in, greedy, groups_of, layerwise, sensitivity, starts, step_wise
-from minireuse.costs import Costs, measure
-from minireuse.journal import Journal
-from minireuse.phast import Tries, grouped
+from minireuse.common.journal import Journal
+from minireuse.common.ranks import Ranks
+from minireuse.plan import PlanError, ReusePlan, Site
 from minireuse.policies import hurry, interval, select
-from minireuse.ranks import Ranks
-from minireuse.reuse import PlanError, ReusePlan, Site
+from minireuse.search.budget import alike_in, greedy, groups_of, layerwise, sensitivity, starts, step_wise
+from minireuse.search.costs import Costs, measure
+from minireuse.search.phast import Tries, grouped
 
 A, B = Site("down_blocks.0.attn1", "map"), Site("down_blocks.0.attn2", "map")
 DEEP = Site("up_blocks.1", "deep", depth=0)

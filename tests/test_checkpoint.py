@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import minireuse
-from minireuse import checkpoint, ldm
-from minireuse.checkpoint import CheckpointError, Parts, load_parts
+from minireuse.checkpoints import ldm
+from minireuse.checkpoints import parts as checkpoint
+from minireuse.checkpoints.configs import write_unet_config, write_vae_config
+from minireuse.checkpoints.fields import ConfigError
+from minireuse.checkpoints.parts import CheckpointError, Parts, load_parts
 from minireuse.config import SD1_UNET, SD2_UNET, SD_VAE, VAEConfig
-from minireuse.reader import ConfigError
 from minireuse.text import TextEncoder
 from minireuse.unet import UNet
 from minireuse.vae import VAE
@@ -61,7 +63,7 @@ def assert_same_tensors(given: dict[str, Tensor], expected: dict[str, Tensor]) -
 def test_unet_has_the_parameters_of_diffusers(family: int, parameters: int) -> None:
     with torch.device("meta"):
         ours = UNet(UNETS[family])
-        theirs = diffusers.UNet2DConditionModel.from_config(UNETS[family].to_diffusers())
+        theirs = diffusers.UNet2DConditionModel.from_config(write_unet_config(UNETS[family]))
     assert shapes_of(ours) == shapes_of(theirs)
     assert sum(p.numel() for p in ours.parameters()) == parameters  # of the published model
 
@@ -69,7 +71,7 @@ def test_unet_has_the_parameters_of_diffusers(family: int, parameters: int) -> N
 def test_vae_has_the_parameters_of_diffusers() -> None:
     with torch.device("meta"):
         ours = VAE(SD_VAE)
-        theirs = diffusers.AutoencoderKL.from_config(SD_VAE.to_diffusers())
+        theirs = diffusers.AutoencoderKL.from_config(write_vae_config(SD_VAE))
     assert shapes_of(ours) == shapes_of(theirs)
     assert sum(p.numel() for p in ours.parameters()) == 83_653_863  # of the published model
 
@@ -245,7 +247,7 @@ def test_original_file_gives_the_images_of_diffusers(
     small = {key: 0.2 * tensor for key, tensor in contents[2].items()}  # wild weights would only blur the comparison
     parts = original(2, small)
     converted = convert(TINY[2], small, text_width=32)
-    unet = diffusers.UNet2DConditionModel.from_config(TINY_UNETS[2].to_diffusers()).eval()
+    unet = diffusers.UNet2DConditionModel.from_config(write_unet_config(TINY_UNETS[2])).eval()
     unet.load_state_dict({k.removeprefix("unet."): t for k, t in converted.items() if k.startswith("unet.")})
     x, t, context = torch.randn(2, 4, 16, 8), torch.tensor([7, 801]), torch.randn(2, 5, 1024)
     with torch.no_grad():

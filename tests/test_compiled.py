@@ -12,9 +12,10 @@ import torch._inductor.config
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from minireuse.compiled import CompiledUNet
+from minireuse.cache import CacheError, ReuseCache
+from minireuse.compilation import CompiledUNet
+from minireuse.plan import ReusePlan, StepPlan
 from minireuse.policies import hurry, interval, select, tgate
-from minireuse.reuse import CacheError, ReuseCache, ReusePlan, StepPlan
 from minireuse.unet import UNet
 
 from conftest import SMALLEST_UNET, randomise

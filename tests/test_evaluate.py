@@ -12,9 +12,11 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 
 import minireuse
-from minireuse import evaluate, metrics, report
-from minireuse.metrics import fidelity, interval, ssim
-from minireuse.policies import build
+from minireuse.common import metrics
+from minireuse.common.metrics import fidelity, interval, ssim
+from minireuse.evaluate import command as evaluate
+from minireuse.evaluate import report
+from minireuse.search.language import build
 
 from conftest import in_two_processes
 

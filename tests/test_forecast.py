@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import minireuse
-from minireuse import sample
+from minireuse.cache import DTYPES, ReuseCache
 from minireuse.config import SD1_UNET
-from minireuse.forecast import forecast
-from minireuse.kept import DTYPES
-from minireuse.policies import build, hurry, select
-from minireuse.reuse import ReuseCache
+from minireuse.policies import hurry, select
+from minireuse.sample import command as sample
+from minireuse.sample.forecast import forecast
+from minireuse.search.language import build
 from minireuse.unet import UNet
 
 PLANS = ["hurry", "interval", "hurry:kind=out,sites=self", "deepcache", "tgate", "pab", "hurry:k=2|deepcache:every=3"]

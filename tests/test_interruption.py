@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minireuse import evaluate, sample, search
+from minireuse.evaluate import command as evaluate
+from minireuse.sample import command as sample
+from minireuse.search import command as search
 
 import faults
 import reproduce

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minireuse import kept
-from minireuse.kept import Kept
+from minireuse import cache as kept
+from minireuse.cache import Kept
 
 CPU = torch.device("cpu")
 FLOATS = [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)]

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 import minireuse
-from minireuse import sample
 from minireuse.attention import Attention
-from minireuse.maps import MapRecorder, words_of
+from minireuse.plan import ReusePlan
 from minireuse.policies import interval, select
-from minireuse.reuse import ReusePlan
+from minireuse.sample import command as sample
+from minireuse.sample.maps import MapRecorder, words_of
 
 PROMPT = "a red circle"
 

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 
 import minireuse
-from minireuse import memory, sample
-from minireuse.budget import groups_of
-from minireuse.costs import Costs
-from minireuse.memory import Share, choose, restrict, weigh
-from minireuse.options import parse_bytes
+from minireuse.common.options import parse_bytes
+from minireuse.plan import ReusePlan, Site
 from minireuse.policies import hurry, select
-from minireuse.reuse import ReusePlan, Site
+from minireuse.sample import budget as memory
+from minireuse.sample import command as sample
+from minireuse.sample.budget import Share, choose, restrict, weigh
+from minireuse.search.budget import groups_of
+from minireuse.search.costs import Costs
 
 SITES = tuple(Site(name, "map") for name in ("a.attn1", "b.attn1", "c.attn2", "d.attn2"))
 PLAN = ReusePlan(np.array([[0, 0, 0, 0], [1, 0, 1, 1], [0, 1, 1, 1]], dtype=bool), SITES, (True, True, False))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import minireuse
+from minireuse.cache import ReuseCache
 from minireuse.policies import deepcache, tgate
-from minireuse.reuse import ReuseCache
 
 import compare_peers
 from conftest import relative_error
@@ -26,7 +26,7 @@ def reference(model_folder: Path) -> diffusers.StableDiffusionPipeline:
     return pipe
 
 
-def ours(pipeline: minireuse.Pipeline, plan: minireuse.reuse.ReusePlan, latents: torch.Tensor) -> torch.Tensor:
+def ours(pipeline: minireuse.Pipeline, plan: minireuse.plan.ReusePlan, latents: torch.Tensor) -> torch.Tensor:
     cache = ReuseCache(torch.float32)
     return pipeline.generate(PROMPT, steps=STEPS, plan=plan, latents=latents, cache=cache).latents
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import minireuse
-from minireuse.journal import Journal
-from minireuse.metrics import psnr
-from minireuse.phast import search
+from minireuse.common.journal import Journal
+from minireuse.common.metrics import psnr
+from minireuse.plan import PlanError, ReusePlan, Site
 from minireuse.policies import early, hurry, interval, select, tgate
-from minireuse.render import Renderer, refill
-from minireuse.reuse import PlanError, ReusePlan, Site
+from minireuse.search.phast import search
+from minireuse.search.render import Renderer, refill
 
 A = Site("x.attn1", "map")
 WEIGHTS = np.array([0, 5, 1, 4, 2, 9, 3, 8])

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import minireuse
+from minireuse.cache import ReuseCache
+from minireuse.plan import PlanError, ReusePlan
 from minireuse.policies import POLICIES, hurry, select
-from minireuse.reuse import PlanError, ReuseCache, ReusePlan
 from minireuse.samplers import SAMPLERS, Denoise
 
 from conftest import relative_error

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from minireuse.policies import POLICIES, build, select
-from minireuse.reuse import PlanError, ReusePlan, Site
+from minireuse.plan import PlanError, ReusePlan, Site
+from minireuse.policies import POLICIES, select
+from minireuse.search.language import build
 
 SITES = tuple(Site(f"block.{name}", kind) for kind in ("map", "out") for name in ("attn1", "attn2"))
 

@@ -14,9 +14,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import minireuse
-from minireuse import sample
-from minireuse.compiled import CompiledUNet
-from minireuse.recipe import Recipe, from_png
+from minireuse.compilation import CompiledUNet
+from minireuse.sample import command as sample
+from minireuse.sample.recipe import Recipe, from_png
 from minireuse.samplers import SAMPLERS
 from minireuse.unet import UNet
 
@@ -232,7 +232,7 @@ def test_compiled_pictures_are_made_compiled_again(
         made.append(CompiledUNet(unet, backend="eager"))
         return made[-1]
 
-    monkeypatch.setattr("minireuse.pipeline.CompiledUNet", quick)
+    monkeypatch.setattr("minireuse.compilation.CompiledUNet", quick)
     options = ["--model", str(smallest_folder), "--prompt", "a star", "--steps", "2", "--policy", "hurry"]
     assert run(*options, "--compile", "--out", "a.png") == (0, "")
     assert run("--from-png", "a.png", "--out", "b.png") == (0, "")

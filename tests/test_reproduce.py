@@ -36,7 +36,7 @@ def test_neighbours_are_compared_with_the_call_before(study: Study) -> None:
     site, watcher = study.maps[0], Neighbours()
     for call, row in enumerate(([1.0, 0.0], [0.6, 0.8], [0.0, 2.0])):
         watcher.call = call
-        watcher.store(site, torch.tensor([row]), minireuse.reuse.PLAIN, torch.float32)
+        watcher.store(site, torch.tensor([row]), minireuse.plan.PLAIN, torch.float32)
     change, cosine, since = watcher.found[site.address, 2]
     assert change == pytest.approx(np.hypot(0.6, 1.2))
     assert cosine == pytest.approx(0.8)
@@ -47,10 +47,10 @@ def test_a_perturbed_map_keeps_its_rows_normalised() -> None:
     watcher = Perturber(at=1, size=0.1, seed=0)
     probs = torch.softmax(torch.randn(2, 3, 4), dim=-1)
     before = probs.clone()
-    watcher.store(minireuse.reuse.Site("x.attn1", "map"), probs, minireuse.reuse.PLAIN, torch.float32)
+    watcher.store(minireuse.plan.Site("x.attn1", "map"), probs, minireuse.plan.PLAIN, torch.float32)
     assert torch.equal(probs, before)  # call 0
     watcher.call = 1
-    watcher.store(minireuse.reuse.Site("x.attn1", "map"), probs, minireuse.reuse.PLAIN, torch.float32)
+    watcher.store(minireuse.plan.Site("x.attn1", "map"), probs, minireuse.plan.PLAIN, torch.float32)
     torch.testing.assert_close(probs.sum(dim=-1), torch.ones(2, 3))
     assert 0.01 < ((probs - before).norm() / before.norm()).item() < 0.3
 
@@ -65,7 +65,7 @@ def test_single_reuse_damages_every_call_alike_often(study: Study) -> None:
     found = claims.single(study, count=2)
     assert np.shape(found["damage"]) == (4, 2)
     full = study.pipe.generate(PROMPTS[:2], seeds=[1000, 1001], steps=5).images.astype(float)
-    plan = minireuse.reuse.ReusePlan.stepwise(np.arange(5) == 3, study.maps)
+    plan = minireuse.plan.ReusePlan.stepwise(np.arange(5) == 3, study.maps)
     changed = study.pipe.generate(PROMPTS[:2], seeds=[1000, 1001], steps=5, plan=plan).images
     np.testing.assert_allclose(found["damage"][2], np.square(changed - full).mean(axis=(1, 2, 3)))
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from minireuse.reuse import PLAIN, CacheError, PlanError, ReuseCache, ReusePlan, Site, StepPlan
+from minireuse.cache import CacheError, ReuseCache
+from minireuse.plan import PLAIN, PlanError, ReusePlan, Site, StepPlan
 
 A, B = Site("down.attn1", "map"), Site("down.attn2", "map")
 A_OUT, B_OUT = Site("down.attn1", "out"), Site("down.attn2", "out")

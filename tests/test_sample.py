@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 import minireuse
-from minireuse import sample
 from minireuse.policies import early, hurry, select
+from minireuse.sample import command as sample
 
 import faults
 
@@ -165,7 +165,7 @@ def test_an_initial_image_is_resized_and_denoised(run, tmp_path: Path, pipeline:
         init_images=gray,
         strength=0.5,
         plan=hurry(2, select(pipeline.sites)),
-        cache=minireuse.reuse.ReuseCache(torch.bfloat16),
+        cache=minireuse.cache.ReuseCache(torch.bfloat16),
     )
     with Image.open(tmp_path / "a.png") as image:
         assert np.array_equal(np.array(image), expected.images[0])
@@ -187,7 +187,7 @@ def test_every_option_arrives_where_it_belongs(
         return original(self, prompts, **given)
 
     original = minireuse.Pipeline.generate
-    monkeypatch.setattr("minireuse.options.load", load)
+    monkeypatch.setattr("minireuse.common.options.load", load)
     monkeypatch.setattr(minireuse.Pipeline, "generate", generate)
     options = (
         "--negative-prompt cross --sampler ddim --guidance-scale 3 --eta 0.25 --attention explicit --width 24 --seed 9"

@@ -15,9 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minireuse.config import ScheduleConfig
 from minireuse.samplers import SAMPLERS, Step, count_calls
-from minireuse.schedule import END, Schedule
+from minireuse.schedule import END, Schedule, ScheduleConfig
 
 # numpy's, about how diffusers reads its tables
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -9,8 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from minireuse.config import ScheduleConfig
-from minireuse.schedule import END, Schedule
+from minireuse.schedule import END, Schedule, ScheduleConfig
 
 SD = Schedule.from_config()
 GOLDEN = {

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import minireuse
-from minireuse import search
-from minireuse.budget import groups_of
-from minireuse.costs import Costs
-from minireuse.metrics import fidelity
-from minireuse.phast import search as phast_search
-from minireuse.policies import hurry, phast_for, select
-from minireuse.render import Renderer
-from minireuse.reuse import ReusePlan, Site
-from minireuse.searched import Searched, read_plan
+from minireuse.common.metrics import fidelity
+from minireuse.plan import ReusePlan, Site
+from minireuse.policies import hurry, select
+from minireuse.search import command as search
+from minireuse.search import read_searched
+from minireuse.search.budget import groups_of
+from minireuse.search.costs import Costs
+from minireuse.search.phast import search as phast_search
+from minireuse.search.plan_files import read_plan
+from minireuse.search.render import Renderer
 
 from conftest import in_two_processes
 
@@ -127,9 +129,9 @@ def test_several_counts_fill_a_folder(run, tmp_path: Path) -> None:
 def test_a_branch_of_the_deep_features_is_searched(run, tmp_path: Path, pipeline: minireuse.Pipeline) -> None:
     argv = ["--reuse", "2", "--kind", "deep", "--branch", "2", "--order", "1", "--check", "0", "--out", str(tmp_path)]
     assert run(*argv)[0] == 0
-    searched = Searched.read(tmp_path / "ddim-6-deep-branch2-order1-2.json")
+    searched = read_searched(tmp_path / "ddim-6-deep-branch2-order1-2.json")
     assert set(searched.plan.sites) == set(select(pipeline.sites, kind="deep", branch=2))
-    phast = phast_for([searched], model=searched.model)
+    phast = partial(minireuse.policies.phast, plans=[searched], model=searched.model)
     plan = phast(6, select(pipeline.sites, kind="deep", branch=2), k=2, order=1)
     assert plan == searched.plan.on(plan.sites)
     with pytest.warns(UserWarning, match="searched with other sites for ddim, 6 calls, 2 of them reused with order 1,"):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import minireuse
-from minireuse import sample
-from minireuse.policies import phast, phast_for, select
-from minireuse.reuse import PlanError, ReusePlan, Site
-from minireuse.searched import Searched, fit, plans_of
+from minireuse.plan import PlanError, ReusePlan, Site
+from minireuse.policies import phast, select
+from minireuse.sample import command as sample
+from minireuse.search import read_searched
+from minireuse.search.plan_files import fit, plans_of
 
 MAPS = tuple(Site(f"block.{name}", "map") for name in ("attn1", "attn2"))
 OUTS = tuple(Site(s.address, "out") for s in MAPS)
@@ -59,23 +61,23 @@ def test_fit_gives_k_calls_and_never_call_0() -> None:
 
 
 def test_a_plan_searched_for_this_very_run_is_taken_without_a_word(tmp_path: Path) -> None:
-    plan = Searched.read(written(tmp_path, "p.json", "..#.##"))
+    plan = read_searched(written(tmp_path, "p.json", "..#.##"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert phast_for([plan], "ddim", "aa")(6, MAPS, k=3).grid == "..#.##"
+        assert partial(phast, plans=[plan], model="aa")(6, MAPS, k=3).grid == "..#.##"
 
 
 def test_plans_of_each_order_stand_for_themselves(tmp_path: Path) -> None:
     written(tmp_path / "plans", "a.json", "..#.##")
     written(tmp_path / "plans", "b.json", ".#.#.#", order=1)
-    policy = phast_for(plans_of(tmp_path), "ddim", "aa")
+    policy = partial(phast, plans=plans_of(tmp_path), sampler="ddim", model="aa")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert policy(6, MAPS, k=3) == ReusePlan.stepwise(row("..#.##"), MAPS)
         assert policy(6, MAPS, k=3, order=1) == ReusePlan.stepwise(row(".#.#.#"), MAPS, 1)
     (tmp_path / "plans" / "b.json").unlink()
     with pytest.warns(UserWarning, match="3 of them reused, fitted to ddim, 6 calls, 3 of them reused with order 1"):
-        plan = phast_for(plans_of(tmp_path), "ddim", "aa")(6, MAPS, k=3, order=1)
+        plan = partial(phast, plans=plans_of(tmp_path), sampler="ddim", model="aa")(6, MAPS, k=3, order=1)
     assert (plan.grid, plan.order) == ("..#.##", 1)
 
 
@@ -85,18 +87,18 @@ def test_the_nearest_plan_is_taken_and_named(tmp_path: Path) -> None:
     written(tmp_path / "plans", "c.json", "..#.##", model="bb")
     written(tmp_path / "plans", "d.json", ".#.#.#.#.#.#")
     written(tmp_path / "plans", "e.json", "...#.#", sites=OUTS)
-    policy = phast_for(plans_of(tmp_path), "ddim", "aa")
+    policy = partial(phast, plans=plans_of(tmp_path), sampler="ddim", model="aa")
     with pytest.warns(UserWarning, match="searched for ddim, 6 calls, 4 of them reused, fitted to ddim, 7 calls, 3"):
         assert policy(7, MAPS, k=3).reused == 3  # b: the model and the sampler count more than the number of calls
     with pytest.warns(UserWarning, match="searched for ddim, 12 calls"):
         assert policy(10, MAPS, k=5).grid == fitted_grid(".#.#.#.#.#.#", 10, 5)
     with pytest.warns(UserWarning, match="searched with another model for plms"):
-        phast_for(plans_of(tmp_path), "plms", "cc")(7, MAPS, k=3)
+        partial(phast, plans=plans_of(tmp_path), sampler="plms", model="cc")(7, MAPS, k=3)
     with pytest.warns(UserWarning, match="6 calls, 2 of them"):
         assert policy(6, OUTS, k=3).sites == OUTS
     deep = (Site("up_blocks.0", "deep"),)
     with pytest.warns(UserWarning, match="knows no plan for sites like these and takes hurry"):
-        assert phast_for([], "ddim", "aa")(6, deep, k=2).grid == "....##"
+        assert partial(phast, plans=plans_of(), model="aa")(6, deep, k=2).grid == "....##"
 
 
 def fitted_grid(grid: str, calls: int, k: int) -> str:
@@ -123,15 +125,15 @@ def test_plans_by_site_are_refused(tmp_path: Path) -> None:
     both = ReusePlan.stepwise(row(".#"), MAPS[:1]) | ReusePlan.stepwise(row(".."), MAPS[1:])
     path.write_text(json.dumps(json.loads(both.to_json()) | {"about": {"model": "aa", "sampler": "ddim"}}))
     with pytest.raises(PlanError, match="differs by site"):
-        Searched.read(path)
+        read_searched(path)
 
 
 def test_without_a_plan_phast_is_hurry_and_says_so() -> None:
     other = (Site("nowhere.attn1", "deep"),)
     with pytest.warns(UserWarning, match="hurry"):
-        assert phast_for([])(8, other, k=3).grid == ".....###"
+        assert partial(phast, plans=plans_of())(8, other, k=3).grid == ".....###"
     with pytest.warns(UserWarning, match="phast"):  # the plans that ship, or none
-        assert phast(9, MAPS, k=3).reused == 3
+        assert partial(phast, plans=plans_of())(9, MAPS, k=3).reused == 3
 
 
 def test_the_command_line_looks_for_plans_beside_the_model(

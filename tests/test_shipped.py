@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -13,10 +14,11 @@ import torch
 from transformers import CLIPTokenizer
 
 import minireuse
+from minireuse.cache import ReuseCache
 from minireuse.files import shipped_model
-from minireuse.policies import build, deepcache, hurry, phast_for, policies_for, select
-from minireuse.reuse import ReuseCache
-from minireuse.searched import plans_of
+from minireuse.policies import deepcache, hurry, phast, select
+from minireuse.search.language import build, policies_for
+from minireuse.search.plan_files import plans_of
 
 import compare_peers
 from conftest import relative_error
@@ -70,7 +72,10 @@ def test_searched_plans_ship(pipe: minireuse.Pipeline) -> None:
     expected |= {("ddim", 20, "map", 10, 1), ("ddim", 20, "out", 10, 1)}
     expected |= {("ddim", 20, "deep", k, 1) for k in (3, 6, 8, 10, 12, 13, 15)}
     plans = plans_of()
-    policy = {sampler: phast_for(plans, sampler, pipe.fingerprint) for sampler in ("ddim", "dpmpp_2m", "plms")}
+    policy = {
+        sampler: partial(phast, plans=plans, sampler=sampler, model=pipe.fingerprint)
+        for sampler in ("ddim", "dpmpp_2m", "plms")
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it says so where it takes the nearest
         for sampler, steps, kind, k, order in expected:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from minireuse.checkpoints.configs import write_unet_config, write_vae_config
 from minireuse.config import UNetConfig
 from minireuse.layers import timestep_embedding
 from minireuse.unet import UNet
@@ -27,7 +28,7 @@ SD2_LIKE = UNetConfig(
 
 @pytest.mark.parametrize("config", [TINY_UNET, SD2_LIKE], ids=["sd1-like", "sd2-like"])
 def test_unet_equals_diffusers(config: UNetConfig) -> None:
-    reference = randomise(diffusers.UNet2DConditionModel.from_config(config.to_diffusers()))
+    reference = randomise(diffusers.UNet2DConditionModel.from_config(write_unet_config(config)))
     unet = UNet(config).eval()
     unet.load_state_dict(reference.state_dict())
     x, context = torch.randn(2, 4, 8, 12), torch.randn(2, 77, config.cross_attention_dim)
@@ -40,7 +41,7 @@ def test_unet_equals_diffusers(config: UNetConfig) -> None:
 def test_unet_takes_fractional_timesteps() -> None:
     """Solvers with inner nodes call the model between two training timesteps."""
     torch.testing.assert_close(timestep_embedding(torch.tensor([0.5]), 4)[0, 0], torch.tensor(0.5).cos())
-    reference = randomise(diffusers.UNet2DConditionModel.from_config(TINY_UNET.to_diffusers()))
+    reference = randomise(diffusers.UNet2DConditionModel.from_config(write_unet_config(TINY_UNET)))
     unet = UNet(TINY_UNET).eval()
     unet.load_state_dict(reference.state_dict())
     x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
@@ -49,7 +50,7 @@ def test_unet_takes_fractional_timesteps() -> None:
 
 
 def test_vae_equals_diffusers_both_ways() -> None:
-    reference = randomise(diffusers.AutoencoderKL.from_config(TINY_VAE.to_diffusers()))
+    reference = randomise(diffusers.AutoencoderKL.from_config(write_vae_config(TINY_VAE)))
     vae = VAE(TINY_VAE).eval()
     vae.load_state_dict(reference.state_dict())
     images, latents, noise = torch.randn(2, 3, 16, 24), torch.randn(2, 4, 8, 12), torch.randn(2, 4, 8, 12)

@@ -22,14 +22,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig
 
-from minireuse import checkpoint
-from minireuse.journal import Journal
+from minireuse.checkpoints import parts as checkpoint
+from minireuse.checkpoints.fields import ConfigError
+from minireuse.checkpoints.tensors import CheckpointError, fill, open_file
+from minireuse.common.journal import Journal
+from minireuse.plan import ReusePlan, Site
 from minireuse.policies import hurry, select
-from minireuse.reader import ConfigError
-from minireuse.recipe import Recipe, from_png
-from minireuse.reuse import ReusePlan, Site
-from minireuse.searched import Searched
-from minireuse.tensors import CheckpointError, fill, open_file
+from minireuse.sample.recipe import Recipe, from_png
+from minireuse.search import read_searched
 from minireuse.text import TextEncoder
 
 import faults
@@ -178,7 +178,7 @@ def test_plans(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
         plan.on(SITES).step(0)
 
     attempt("plan", read)
-    attempt("searched plan", lambda: Searched.read(path))
+    attempt("searched plan", lambda: read_searched(path))
 
 
 SETTINGS = {"steps": 6, "prompts": ["a", "b"]}
@@ -245,7 +245,7 @@ def test_good_files_are_read(folder: Path, recipe: dict[str, str], tmp_path: Pat
     checkpoint.empty_parts(folder)
     assert Recipe.from_chunks(recipe).chunks() == recipe
     (tmp_path / "plan.json").write_text(json.dumps(PLAN))
-    assert Searched.read(tmp_path / "plan.json").plan.grid == "....##"
+    assert read_searched(tmp_path / "plan.json").plan.grid == "....##"
     (tmp_path / "journal.jsonl").write_bytes(JOURNAL)
     assert Journal(tmp_path / "journal.jsonl", SETTINGS).records == {"..##": 31.5, ".#.#": [1, 2]}
     save_file(small().state_dict(), tmp_path / "m.safetensors")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minireuse.command import exit_status
+from minireuse.common.status import exit_status
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from minireuse.cache import ReuseCache
 from minireuse.pipeline import Pipeline
-from minireuse.reuse import PLAIN, ReuseCache, ReusePlan, Site, StepPlan
+from minireuse.plan import PLAIN, ReusePlan, Site, StepPlan
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from minireuse.kept import Block, Kept
-from minireuse.reuse import ReuseCache, ReusePlan, Site, StepPlan
+from minireuse.cache import Block, Kept, ReuseCache
+from minireuse.plan import ReusePlan, Site, StepPlan
 from minireuse.samplers import Denoise
 
 END = "</w>"  # of a token that ends a word (CLIP's byte-pair encoding)

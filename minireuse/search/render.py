@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minireuse.cache import ReuseCache
 from minireuse.pipeline import Pipeline
-from minireuse.reuse import ReuseCache, ReusePlan, Site, StepPlan
+from minireuse.plan import ReusePlan, Site, StepPlan
 from minireuse.samplers import Denoise
 
 

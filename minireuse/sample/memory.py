@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from minireuse.budget import groups_of
-from minireuse.forecast import Forecast, forecast
-from minireuse.memory import choose, restrict, weigh
-from minireuse.options import load_model, mebibytes, parse_bytes
+from minireuse.common.options import load_model, mebibytes, parse_bytes
 from minireuse.pipeline import Pipeline
-from minireuse.reuse import ReusePlan
+from minireuse.plan import ReusePlan
+from minireuse.sample.budget import choose, restrict, weigh
+from minireuse.sample.forecast import Forecast, forecast
+from minireuse.search import groups_of
 
 
 def foretell(args: argparse.Namespace, plan: ReusePlan, batch: int) -> dict[str, Any]:

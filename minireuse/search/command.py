@@ -7,7 +7,6 @@ import itertools
 import json
 import platform
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,21 +17,21 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minireuse import phast
-from minireuse.budget import alike_in, groups_of, layerwise, starts, step_wise
-from minireuse.command import command_line
-from minireuse.costs import Costs, measure, measured_latency
+from minireuse.common.journal import Journal
+from minireuse.common.metrics import fidelity
+from minireuse.common.options import add_guidance_option, add_model_options, load_model
+from minireuse.common.ranks import Ranks, shared_status
+from minireuse.common.status import command_line
 from minireuse.files import read_prompts, write_whole
-from minireuse.journal import Journal
-from minireuse.metrics import fidelity
-from minireuse.options import add_guidance_option, add_model_options, load_model
 from minireuse.pipeline import Pipeline
+from minireuse.plan import KINDS, ORDERS, ReusePlan, Site
 from minireuse.policies import POLICIES, hurry, select
-from minireuse.ranks import Ranks, shared_status
-from minireuse.render import Renderer
-from minireuse.reuse import KINDS, ORDERS, ReusePlan, Site
 from minireuse.samplers import SAMPLERS
-from minireuse.searched import read_plan
+from minireuse.search import phast
+from minireuse.search.budget import alike_in, groups_of, layerwise, starts, step_wise
+from minireuse.search.costs import Costs, measure, measured_latency
+from minireuse.search.plan_files import read_plan
+from minireuse.search.render import Renderer
 
 STARTS = ("hurry", "interval", "early")
 LEAST = 0.01  # of a plain call: groups that save less are not worth searching
@@ -297,7 +296,3 @@ def describe(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str]) -
         "steepest": args.steepest,
         "dtype": str(pipeline.dtype),
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

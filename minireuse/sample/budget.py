@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from minireuse.costs import measure
 from minireuse.pipeline import Pipeline
-from minireuse.reuse import ReusePlan, Site
+from minireuse.plan import ReusePlan, Site
+from minireuse.search import measure
 
 
 @dataclass(frozen=True)

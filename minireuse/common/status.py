@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+PACKAGE = Path(__file__).parents[1]
+
 
 def command_line(module: str, argv: list[str] | None) -> str:
     """What was typed, for the record; argv as `main` was given it."""
@@ -25,7 +27,7 @@ def exit_status(work: Callable[[], object], interrupted: str = "interrupted") ->
         others = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], filename: str, *place: Any, **more: Any) -> None:
-            if Path(filename).parent == Path(__file__).parent:
+            if Path(filename).is_relative_to(PACKAGE):
                 print(f"note: {message}", file=sys.stderr)
             else:
                 others(message, category, filename, *place, **more)

@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import platform
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,19 +20,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from minireuse.command import command_line
-from minireuse.distribution import EXTRACTORS, Follow, prompt_check, score_all
+from minireuse.cache import ReuseCache
+from minireuse.common.journal import Journal
+from minireuse.common.metrics import fidelity, ssim
+from minireuse.common.options import add_guidance_option, add_model_options, load_model
+from minireuse.common.ranks import Ranks, shared_status
+from minireuse.common.status import command_line
+from minireuse.evaluate.distribution import EXTRACTORS, Follow, prompt_check, score_all
+from minireuse.evaluate.report import FULL, KERNELS, summarise, write_report
 from minireuse.files import read_prompts, write_whole
-from minireuse.journal import Journal
-from minireuse.metrics import fidelity, ssim
-from minireuse.options import add_guidance_option, add_model_options, load_model
 from minireuse.pipeline import Pipeline
-from minireuse.policies import build, policies_for, takes_count
-from minireuse.ranks import Ranks, shared_status
-from minireuse.render import Renderer
-from minireuse.report import FULL, KERNELS, summarise, write_report
-from minireuse.reuse import ReuseCache, ReusePlan
+from minireuse.plan import ReusePlan
 from minireuse.samplers import SAMPLERS
+from minireuse.search import Renderer, build, policies_for, takes_count
 
 SEARCHED = ("phast", "phast:kind=out", "phast:kind=deep")
 LINES = ("phast:order=1", "phast:kind=out,order=1", "phast:kind=deep,order=1")
@@ -336,7 +335,3 @@ def describe(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], r
         "rounds": args.rounds,
         "dtype": str(pipeline.dtype),
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,18 +20,21 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minireuse.cache_options import advice_on_memory, foretell, within_budget
-from minireuse.command import exit_status
+from minireuse.cache import ReuseCache
+from minireuse.common.options import CACHE_DTYPES, load_model, mebibytes
+from minireuse.common.status import exit_status
 from minireuse.devices import is_available
 from minireuse.files import read_lines, write_whole
 from minireuse.guidance import unguided
-from minireuse.maps import MapRecorder, words_of
-from minireuse.options import CACHE_DTYPES, load_model, mebibytes, sample_parser
 from minireuse.pipeline import ATTENTIONS, Pipeline, Result
-from minireuse.policies import build, names_in, policies_for, select, takes_sites
-from minireuse.recipe import SHIPPED, Recipe, digest_of, from_png, read_image, to_png, versions
-from minireuse.reuse import ReuseCache, ReusePlan
+from minireuse.plan import ReusePlan
+from minireuse.policies import select
+from minireuse.sample.maps import MapRecorder, words_of
+from minireuse.sample.memory import advice_on_memory, foretell, within_budget
+from minireuse.sample.options import sample_parser
+from minireuse.sample.recipe import SHIPPED, Recipe, digest_of, from_png, read_image, to_png, versions
 from minireuse.samplers import SAMPLERS, Step
+from minireuse.search import build, names_in, policies_for, takes_sites
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -85,7 +88,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     recipe = _recipe(args, pipeline, plan)
     recipe.check_text()
     if args.compile:
-        pipeline.compile()
+        from minireuse.compilation import CompiledUNet  # a room that is entered only where it is asked for
+
+        pipeline.compiled = CompiledUNet(pipeline.unet)
     seconds, peak, written = 0.0, 0, list[Path]()
     steps = len(pipeline.timesteps(args.steps, strength)) * len(batches)
     hidden = args.quiet or args.json
@@ -317,7 +322,3 @@ def _read_image(path: Path, args: argparse.Namespace, pipeline: Pipeline) -> Ten
     image = read_image(path, "give --init-image a picture, as PNG, say").convert("RGB")
     resized = image.resize((args.width or own, args.height or own), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from minireuse.journal import Journal
-from minireuse.ranks import ALONE, Ranks
-from minireuse.reuse import PlanError, ReusePlan, Site
+from minireuse.common.journal import Journal
+from minireuse.common.ranks import ALONE, Ranks
+from minireuse.plan import PlanError, ReusePlan, Site
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minireuse.cache import Entry, ReuseCache
 from minireuse.guidance import unguided
-from minireuse.kept import Entry
-from minireuse.reuse import ReuseCache, ReusePlan, Site
+from minireuse.plan import ReusePlan, Site
 from minireuse.unet import UNet
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from minireuse.common.metrics import interval
 from minireuse.files import write_whole
-from minireuse.metrics import interval
 
 FULL = "none"  # the row of the full sampler, which all others are compared with
 KERNELS = ("seconds", "seconds_explicit")  # times of the sampling loop: fused kernel, every map written out

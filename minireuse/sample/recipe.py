@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from minireuse.files import parse_json, shown
-from minireuse.reuse import ReusePlan
+from minireuse.plan import ReusePlan
 
 T = TypeVar("T")
 SHIPPED = "shipped"  # the name of the model that comes with the package

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from minireuse.journal import Journal
-from minireuse.phast import SearchResult, Tries, grouped, search
+from minireuse.common.journal import Journal
+from minireuse.common.ranks import ALONE, Ranks
+from minireuse.plan import KINDS, PlanError, ReusePlan, Site
 from minireuse.policies import hurry, interval
-from minireuse.ranks import ALONE, Ranks
-from minireuse.reuse import KINDS, PlanError, ReusePlan, Site
+from minireuse.search.phast import SearchResult, Tries, grouped, search
 
 COUNTS = 3  # numbers of reuse calls that are searched for a latency
 LONGEST = 3  # calls in a row that are added together: reuse may only pay once several share what one of them stored

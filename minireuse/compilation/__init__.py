@@ -14,12 +14,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from minireuse.attention import KV, TextKV
-from minireuse.kept import Entry, Kept
-from minireuse.reuse import PLAIN, ReuseCache, Site, StepPlan
-from minireuse.tensors import reason
+from minireuse.cache import Entry, Kept, ReuseCache
+from minireuse.checkpoints import reason
+from minireuse.plan import PLAIN, Site, StepPlan
 from minireuse.unet import UNet
 
 Parts = tuple[Tensor, Tensor | None]  # values and scale of a `Kept`
@@ -98,7 +97,7 @@ class CompiledUNet:
             if key not in self.graphs:
                 self.graphs[key] = self._trace(Call(self.unet, same, read, cache), (x, time, context.kv, parts, ahead))
             y, made = self.graphs[key](x, time, context.kv, parts, ahead)  # compiles at the first time
-        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        except RuntimeError as error:  # torch's own errors of compiling are all of that kind
             why = reason(getattr(error, "inner_exception", error))
             raise ValueError(f"the U-Net cannot be compiled here ({why}); leave out compiling") from None
         for site, new in zip(sorted(step.store), made, strict=True):

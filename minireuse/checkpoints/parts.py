@@ -15,21 +15,28 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-from minireuse import ldm
-from minireuse.config import (
-    GUIDANCE_SCALE,
-    SD1_UNET,
-    SD2_UNET,
-    SD_SCHEDULE,
-    SD_VAE,
-    ScheduleConfig,
-    UNetConfig,
-    VAEConfig,
+from minireuse.checkpoints import ldm
+from minireuse.checkpoints.configs import (
     guidance_scale,
+    read_schedule_config,
+    read_unet_config,
+    read_vae_config,
     text_settings,
 )
+from minireuse.checkpoints.tensors import (
+    CONVERT,
+    PICKLES,
+    CheckpointError,
+    Source,
+    complain,
+    fill,
+    open_file,
+    read_json,
+    reason,
+)
+from minireuse.config import GUIDANCE_SCALE, SD1_UNET, SD2_UNET, SD_VAE, UNetConfig, VAEConfig
 from minireuse.files import shown
-from minireuse.tensors import CONVERT, PICKLES, CheckpointError, Source, complain, fill, open_file, read_json, reason
+from minireuse.schedule import SD_SCHEDULE, ScheduleConfig
 from minireuse.text import TextEncoder
 from minireuse.unet import UNet
 from minireuse.vae import VAE
@@ -99,9 +106,9 @@ def load_parts(
 
 
 def _describe_folder(folder: Path) -> Description:
-    unet = UNetConfig.from_diffusers(read_json(folder / "unet" / "config.json"))
-    vae = VAEConfig.from_diffusers(read_json(folder / "vae" / "config.json"))
-    schedule = ScheduleConfig.from_diffusers(read_json(folder / "scheduler" / "scheduler_config.json"))
+    unet = read_unet_config(read_json(folder / "unet" / "config.json"))
+    vae = read_vae_config(read_json(folder / "vae" / "config.json"))
+    schedule = read_schedule_config(read_json(folder / "scheduler" / "scheduler_config.json"))
     text = folder / "text_encoder" / "config.json"
     text_config = CLIPTextConfig(**text_settings(read_json(text), str(text)))
     latents = (unet.in_channels, unet.out_channels, vae.latent_channels)

@@ -1,0 +1,1 @@
+"""Painting from the command line: `python -m minireuse.sample`."""

@@ -1,0 +1,29 @@
+"""Finding plans: PHAST's search, what plans cost, plans found before, and the language of `--policy`."""
+
+from minireuse.search.budget import groups_of, layerwise, starts, step_wise
+from minireuse.search.costs import Costs, measure, measured_latency
+from minireuse.search.language import build, names_in, policies_for, takes_count, takes_sites
+from minireuse.search.phast import SearchResult, search
+from minireuse.search.plan_files import plans_of, read_plan, read_searched
+from minireuse.search.render import Renderer
+
+__all__ = [
+    "Costs",
+    "Renderer",
+    "SearchResult",
+    "build",
+    "groups_of",
+    "layerwise",
+    "measure",
+    "measured_latency",
+    "names_in",
+    "plans_of",
+    "policies_for",
+    "read_plan",
+    "read_searched",
+    "search",
+    "starts",
+    "step_wise",
+    "takes_count",
+    "takes_sites",
+]

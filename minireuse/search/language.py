@@ -1,0 +1,108 @@
+"""The small language of `--policy`: names of policies with knobs, plan files, and several of them joined by `|`."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+
+from minireuse.plan import PlanError, ReusePlan, Site
+from minireuse.policies import POLICIES, RELATIVES, STEPWISE, Policy, phast, select
+from minireuse.search.plan_files import plans_of, read_plan
+
+GIVEN = ("calls", "sites", "plans", "sampler", "model")  # parameters of policies that are no knobs: the run's own
+
+
+def policies_for(
+    expressions: str, folder: Path | None, sampler: str, fingerprint: Callable[[], str]
+) -> Mapping[str, Policy]:
+    """All policies, `phast` among them with the plans of the model in `folder` and those that ship.
+
+    Plans are read, and the fingerprint asked for, only where the expressions name `phast`: both take a while.
+    """
+    if "phast" not in names_in(expressions):
+        return POLICIES
+    return POLICIES | {"phast": partial(phast, plans=plans_of(folder), sampler=sampler, model=fingerprint())}
+
+
+def build(
+    expression: str,
+    calls: int,
+    sites: Iterable[Site],
+    *,
+    k: int | None = None,
+    which: str = "both",
+    kind: str = "map",
+    policies: Mapping[str, Policy] = POLICIES,
+) -> ReusePlan:
+    """The plan a text names: a policy, a plan file, or several joined by `|`.
+
+    Knobs follow a policy's name, as in `deepcache:every=3` or `hurry:k=5,kind=out,sites=cross`. All of them have
+    `order`, that of the plan; those that reuse the sites they are given have what `select` chooses by: `kind`, `sites`,
+    `branch`.
+
+    sites: the model's; k, which, kind: for the policies that reuse the sites they are given; policies: by name.
+    Raises: PlanError for an unknown name or knob, or what the policy itself refuses; OSError for an unreadable file.
+    """
+    sites = tuple(sites)
+    terms = [term.strip() for term in expression.split("|")]
+    if k is not None and not takes_count(expression, policies):
+        raise PlanError(f"{expression} takes no number of reuse calls; see the knobs of policies in the README")
+    return reduce(operator.or_, (_term(term, calls, sites, k, which, kind, policies) for term in terms))
+
+
+def names_in(expression: str) -> list[str]:
+    """The policies or plan files that an expression joins, without their knobs."""
+    return [term.strip().partition(":")[0] for term in expression.split("|")]
+
+
+def takes_count(expression: str, policies: Mapping[str, Policy] = POLICIES) -> bool:
+    """Whether a policy in the expression lets the number of reuse calls be chosen."""
+    chosen = (policies.get(name) for name in names_in(expression))
+    return any("k" in inspect.signature(policy).parameters for policy in chosen if policy is not None)
+
+
+def takes_sites(expression: str) -> bool:
+    """Whether a policy in the expression reuses the sites it is given."""
+    return not STEPWISE.keys().isdisjoint(names_in(expression))
+
+
+def _term(
+    term: str,
+    calls: int,
+    sites: tuple[Site, ...],
+    k: int | None,
+    which: str,
+    kind: str,
+    policies: Mapping[str, Policy],
+) -> ReusePlan:
+    name, _, settings = term.partition(":")
+    if name not in policies:
+        if not Path(term).is_file():
+            known = ", ".join(policies)
+            raise PlanError(f"policy is {term!r}, expected one of {known}, or an existing plan file")
+        return read_plan(Path(term))[0]
+    policy = policies[name]
+    numbers: dict[str, Any] = {"order": 0, "branch": 0, "k": k}
+    own = [p for p in inspect.signature(policy).parameters if p not in GIVEN]
+    choosing = () if name in RELATIVES else ("kind", "sites", "branch")
+    knobs = list(dict.fromkeys((*own, "order", *choosing)))
+    words = {"kind": kind, "sites": which}
+    for setting in filter(None, settings.split(",")):
+        knob, _, value = setting.partition("=")
+        if knob in words and knob in choosing:
+            words[knob] = value
+            continue
+        try:
+            numbers[knob] = float(value) if "." in value else int(value)
+        except ValueError:
+            raise PlanError(f"policy {term}: {setting!r} is not knob=number") from None
+        if knob not in knobs:
+            raise PlanError(f"policy {term}: no knob {knob!r}; {name} has {', '.join(knobs)}")
+    chosen = select(sites, words["sites"], words["kind"], numbers["branch"]) if choosing else sites
+    plan = policy(calls, chosen, **{knob: value for knob, value in numbers.items() if knob in own})
+    return replace(plan, order=numbers["order"])

@@ -1,0 +1,38 @@
+"""Plan files, and the searched plans that lie beside a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minireuse.files import parse_json, shipped_model
+from minireuse.plan import PlanError, ReusePlan
+from minireuse.policies import Searched
+
+
+def read_plan(path: Path) -> tuple[ReusePlan, dict[str, Any]]:
+    """The plan in a file, and what the file says about it. Raises: PlanError, which names the file; OSError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        plan, about = ReusePlan.from_json(text), parse_json(text).get("about")
+    except (PlanError, UnicodeDecodeError) as error:
+        raise PlanError(
+            f"{path} is not a plan ({error}); give a file that a search or ReusePlan.to_json made"
+        ) from None
+    return plan, about if isinstance(about, dict) else {}
+
+
+def read_searched(path: Path) -> Searched:
+    """A plan file of `python -m minireuse.search`. Raises: PlanError, OSError."""
+    plan, about = read_plan(path)
+    if not {"model", "sampler"} <= about.keys():
+        raise PlanError(f"{path} does not say what it was searched for; remove it, or search it again")
+    if plan.grid is None:
+        raise PlanError(f"{path} differs by site; only step-wise plans can lie among the plans of a model")
+    return Searched(plan, str(about["model"]), str(about["sampler"]))
+
+
+def plans_of(model: Path | None = None) -> list[Searched]:
+    """The plans in the folder `plans` of a model, then those that ship. Raises: PlanError, OSError."""
+    folders = dict.fromkeys(p / "plans" for p in (model, shipped_model()) if p is not None)
+    return [read_searched(file) for folder in folders for file in sorted(folder.glob("*.json"))]
