@@ -1,11 +1,15 @@
 """Attention that can keep its map or use a kept one, and the transformer blocks around it.
 
+`Attention.forward` is where the method happens. A site that is reused takes its map from the cache and computes
+no queries, no keys and no softmax. A site that is stored writes its map out. All else runs the fused kernel, which
+never makes a map.
+
 Modules are named as in diffusers' checkpoints (`models/attention.py`, `models/transformers/transformer_2d.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +17,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minireuse.cache import Kept, ReuseCache
+from minireuse.cache import CacheTensor, FloatTensor, ReuseCache, blocks
 from minireuse.plan import PLAIN, Site, StepPlan
+
+Watch = Callable[[Site, int, Tensor], Tensor | None]
+"""`watch(site, call, scores) -> scores | None`: sees the scores (2B, K, N, M) of a call before the softmax.
+
+What it returns takes their place; None leaves them as they are. A map that is reused has no scores to see.
+"""
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -25,20 +35,26 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def attention_probs(q: Tensor, k: Tensor, out: Tensor | None = None) -> Tensor:
-    """The attention map softmax(q k^T / sqrt(d)), whose softmax is computed in float32 whatever the inputs are.
+def attention_scores(q: Tensor, k: Tensor, out: Tensor | None = None) -> Tensor:
+    """q k^T / sqrt(d), what the softmax is taken of.
 
-    out: where to leave the map, in q's dtype, rounded once at the end; no gradients. Without it the map is float32.
-    Shapes: q (B, K, N, d), k (B, K, M, d), out (B, K, N, M) -> (B, K, N, M).
-    Source: Vaswani et al. 2017 equation 1.
+    out: where to leave them. Shapes: q (B, K, N, d), k (B, K, M, d), out (B, K, N, M) -> (B, K, N, M).
     """
-    q, k = q * q.shape[-1] ** -0.5, k.transpose(-1, -2)  # scaling the scores instead might leave half precision's range
-    if out is None:
-        return (q @ k).softmax(dim=-1, dtype=torch.float32)
-    return torch.softmax(torch.matmul(q, k, out=out), dim=-1, out=out)  # its kernels use float32 for halves, too
+    q = q * q.shape[-1] ** -0.5  # scaling the scores instead might leave half precision's range
+    return torch.matmul(q, k.transpose(-1, -2), out=out)
 
 
-def storing_attention(q: Tensor, k: Tensor, v: Tensor, kept: Kept) -> Tensor:
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as `fused_attention`, with the map written out: the output, and the map in float32.
+
+    Shapes: q (B, K, N, d), k and v (B, K, M, d) -> (B, K, N, d), (B, K, N, M).
+    Source: Vaswani et al. 2017 equation 1; the softmax is computed in float32 whatever the inputs are.
+    """
+    probs = attention_scores(q, k).softmax(dim=-1, dtype=torch.float32)
+    return probs.to(v.dtype) @ v, probs
+
+
+def storing_attention(q: Tensor, k: Tensor, v: Tensor, kept: CacheTensor) -> Tensor:
     """The same as `fused_attention`, leaving the map in `kept`.
 
     Block by block: what has been computed is kept and multiplied by v before it leaves the processor's cache. A map
@@ -46,18 +62,19 @@ def storing_attention(q: Tensor, k: Tensor, v: Tensor, kept: Kept) -> Tensor:
     again, since fresh pages cost more than the softmax.
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):  # gradients need the whole map at once
-        probs = attention_probs(q, k).to(q.dtype)
-        kept.fill(probs)
-        return probs @ v
+        y, probs = explicit_attention(q, k, v)
+        kept.fill(probs.to(q.dtype))
+        return y
     y = torch.empty_like(q)
-    blocks = list(kept.blocks(q.device))
-    scratch = None if kept.holds(q) else q.new_empty(*q[blocks[0]].shape[:3], k.shape[2])
-    for block in blocks:
+    parts = list(blocks(kept.shape, q.device))
+    in_place = kept.values if isinstance(kept, FloatTensor) and kept.holds(q) else None
+    scratch = q.new_empty(*q[parts[0]].shape[:3], k.shape[2]) if in_place is None else q
+    for block in parts:
         heads, (images, depth, height, _) = block[:2], q[block].shape
-        room = kept.values[block] if scratch is None else scratch[:images, :depth, :height]
-        probs = attention_probs(q[block], k[heads], out=room)
-        if scratch is not None:
-            kept[block] = probs
+        room = scratch[:images, :depth, :height] if in_place is None else in_place[block]
+        probs = torch.softmax(attention_scores(q[block], k[heads], out=room), dim=-1, out=room)  # in float32 inside
+        if in_place is None:
+            kept.write(block, probs)
         y[block] = probs @ v[heads]
     return y
 
@@ -85,7 +102,12 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width, width, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
         self.heads = heads
-        self.address = ""  # the module's own path, given by the U-Net that it is part of
+        self.place("", 0)
+
+    def place(self, address: str, depth: int) -> None:
+        """Tell the module where in the U-Net it is: the names of what it computes, its map and its output."""
+        self.address = address
+        self.map_site, self.out_site = Site(address, "map", depth), Site(address, "out", depth)
 
     def project(self, context: Tensor) -> KV:
         """Keys and values of a context. Shapes: (B, M, D') -> two of (B, K, M, d)."""
@@ -97,24 +119,37 @@ class Attention(nn.Module):
         context: Tensor | KV | None = None,
         step: StepPlan = PLAIN,
         cache: ReuseCache | None = None,
+        watch: Watch | None = None,
     ) -> Tensor:
         """Shapes: x (B, N, D), context (B, M, D') or what `project` made of it -> (B, N, D)."""
         source = x if context is None else context
-        site = Site(self.address, "map")
-        v = self._split(self.to_v(source)) if isinstance(source, Tensor) else source[1]
+        site = self.map_site
+        v = self._split(self.to_v(source)) if isinstance(source, Tensor) else source[1]  # (B, K, M, d)
         if cache is not None and site in step.reuse:
             shape = (x.shape[0], self.heads, x.shape[1], v.shape[2])
-            y = cache.look_up(site, shape, step, like=v) @ v
+            y = cache.load(site, shape, step, like=v).apply(v)
         else:
-            q = self._split(self.to_q(x))
-            k = self._split(self.to_k(source)) if isinstance(source, Tensor) else source[0]
-            if cache is not None and site in step.store:
-                y = storing_attention(q, k, v, cache.hold(site, (*q.shape[:3], k.shape[2]), step, like=v))
-            elif step.explicit:
-                y = attention_probs(q, k).to(v.dtype) @ v
-            else:
-                y = fused_attention(q, k, v)
-        return self.to_out[0](rearrange(y, "b k n d -> b n (k d)"))
+            q = self._split(self.to_q(x))  # (B, K, N, d)
+            k = self._split(self.to_k(source)) if isinstance(source, Tensor) else source[0]  # (B, K, M, d)
+            y = self._attend(q, k, v, step, cache, watch)
+        return self.to_out[0](rearrange(y, "b k n d -> b n (k d)"))  # (B, N, D)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, step: StepPlan, cache: ReuseCache | None, watch: Watch | None
+    ) -> Tensor:
+        """Attention that computes its map. Shapes: q (B, K, N, d), k and v (B, K, M, d) -> (B, K, N, d)."""
+        site = self.map_site
+        stores = cache is not None and site in step.store
+        if watch is not None:
+            scores = attention_scores(q, k)  # (B, K, N, M)
+            changed = watch(site, step.call, scores)
+            probs = (scores if changed is None else changed).softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+            if cache is not None and stores:
+                cache.store(site, probs, step, v.dtype)
+            return probs @ v
+        if cache is not None and stores:
+            return storing_attention(q, k, v, cache.reserve(site, (*q.shape[:3], k.shape[2]), step, like=v))
+        return explicit_attention(q, k, v)[0] if step.explicit else fused_attention(q, k, v)
 
     def _split(self, x: Tensor) -> Tensor:
         return rearrange(x, "b n (k d) -> b k n d", k=self.heads)
@@ -156,27 +191,30 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, context: Text, step: StepPlan, cache: ReuseCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Text, step: StepPlan, cache: ReuseCache | None, watch: Watch | None
+    ) -> Tensor:
         """Shapes: x (B, N, D), context (B, M, D') -> (B, N, D)."""
         text = context.kv[self.attn2.address] if isinstance(context, TextKV) else context
-        x = x + _attend(self.attn1, self.norm1, x, None, step, cache)
-        x = x + _attend(self.attn2, self.norm2, x, text, step, cache)
+        x = x + _attend_or_reuse(self.attn1, self.norm1, x, None, step, cache, watch)
+        x = x + _attend_or_reuse(self.attn2, self.norm2, x, text, step, cache, watch)
         return x + self.ff(self.norm3(x))
 
 
-def _attend(
+def _attend_or_reuse(
     attention: Attention,
     norm: nn.LayerNorm,
     x: Tensor,
     context: Tensor | KV | None,
     step: StepPlan,
     cache: ReuseCache | None,
+    watch: Watch | None,
 ) -> Tensor:
     """The attention's output, or (kind `out`) the kept one: then nothing of the layer runs, its norm included."""
-    site = Site(attention.address, "out")
+    site = attention.out_site
     if cache is not None and site in step.reuse:
-        return cache.load(site, x.shape, step, like=x)
-    y: Tensor = attention(norm(x), context, step, cache)
+        return cache.load(site, x.shape, step, like=x).read(x)
+    y: Tensor = attention(norm(x), context, step, cache, watch)
     if cache is not None and site in step.store:
         cache.store(site, y, step, dtype=x.dtype)
     return y
@@ -194,7 +232,9 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.linear = linear
 
-    def forward(self, x: Tensor, context: Text, step: StepPlan, cache: ReuseCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Text, step: StepPlan, cache: ReuseCache | None, watch: Watch | None
+    ) -> Tensor:
         """Shapes: x (B, C, H, W), context (B, M, D') -> (B, C, H, W)."""
         height = x.shape[2]
         y = self.norm(x)
@@ -203,7 +243,7 @@ class SpatialTransformer(nn.Module):
         else:
             y = rearrange(self.proj_in(y), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
-            y = block(y, context, step, cache)
+            y = block(y, context, step, cache, watch)
         if self.linear:
             y = rearrange(self.proj_out(y), "b (h w) c -> b c h w", h=height)
         else:

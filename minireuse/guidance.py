@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minireuse.attention import TextKV
+from minireuse.attention import TextKV, Watch
 from minireuse.cache import ReuseCache
-from minireuse.plan import ReusePlan, Site, StepPlan
+from minireuse.plan import ReusePlan, StepPlan
 from minireuse.schedule import Schedule
 
 
@@ -21,7 +21,9 @@ class ConditionalUNet(Protocol):
     def text_kv(self, context: Tensor) -> TextKV:
         """As `UNet.text_kv`."""
 
-    def __call__(self, x: Tensor, t: float, context: TextKV, step: StepPlan, cache: ReuseCache) -> Tensor:
+    def __call__(
+        self, x: Tensor, t: float, context: TextKV, step: StepPlan, cache: ReuseCache, watch: Watch | None
+    ) -> Tensor:
         """As `UNet.forward`."""
 
 
@@ -39,11 +41,11 @@ def guided_denoise(
     *,
     guidance_scale: float = 7.5,
     attention: str = "fused",
-    watch: frozenset[Site] = frozenset(),
+    watch: Watch | None = None,
 ) -> Callable[[Tensor, float, int], Tensor]:
     """`denoise(x, t, call) -> eps` with classifier-free guidance, following `plan`.
 
-    watch: sites whose tensors the cache is given at every call that computes them, reused later or not.
+    watch: sees, and may change, the scores of every attention that is computed (`minireuse.attention.Watch`).
     The unconditional half comes first in the batch: the order is part of what a cached tensor means.
 
     Shapes: context (2B, M, D), unconditional first, or (B, M, D) at guidance scale 1 (off); x (B, 4, h, w).
@@ -51,8 +53,7 @@ def guided_denoise(
     """
     if guidance_scale == 1:
         plan = unguided(plan)
-    steps = [plan.step(call) for call in range(plan.calls)]
-    steps = [replace(s, explicit=attention == "explicit", store=s.store | (watch - s.reuse)) for s in steps]
+    steps = [replace(plan.step(call), explicit=attention == "explicit") for call in range(plan.calls)]
     # The prompt does not change between calls, so its keys and values are computed here, once per batch layout.
     conditional = context if guidance_scale == 1 else context.chunk(2)[1]
     text = {guided: unet.text_kv(context if guided else conditional) for guided in {s.guided for s in steps}}
@@ -62,11 +63,11 @@ def guided_denoise(
         # The solver's state stays in float32 whatever precision the model computes in.
         latents = x.to(context.dtype)
         if step.guided:
-            both = unet(torch.cat([latents, latents]), t, text[True], step, cache).to(x.dtype)
+            both = unet(torch.cat([latents, latents]), t, text[True], step, cache, watch).to(x.dtype)
             unconditional, conditional = both.chunk(2)
             output = unconditional + guidance_scale * (conditional - unconditional)
         else:
-            output = unet(latents, t, text[False], step, cache).to(x.dtype)
+            output = unet(latents, t, text[False], step, cache, watch).to(x.dtype)
         if schedule.prediction_type == "epsilon":
             return output
         # v = alpha eps - sigma x_0 and x = alpha x_0 + sigma eps give eps (arXiv 2202.00512, appendix D).

@@ -8,7 +8,7 @@ import math
 import operator
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minireuse import checkpoints
+from minireuse.attention import Watch
 from minireuse.cache import ReuseCache
 from minireuse.config import GUIDANCE_SCALE
 from minireuse.devices import pick_device, pick_dtype
@@ -175,7 +176,7 @@ class Pipeline:
         attention: str = "fused",
         on_step: Callable[[Step], object] | None = None,
         wrap: Callable[[Denoise], Denoise] | None = None,
-        watch: Iterable[Site] = (),
+        watch: Watch | None = None,
     ) -> Result:
         """Generate one batch of images: a prompt and a seed each, either of them given once for all.
 
@@ -184,8 +185,8 @@ class Pipeline:
         init_images: (B, 3, H, W) in -1 ... 1, taken `strength` of the way to noise and denoised from there.
         eta: noise added by ddim (0 none, 1 as much as DDPM); samplers that are stochastic by name always use 1.
         cache: where reused tensors are kept; None makes one in float16. attention: "explicit" writes every map out.
-        watch: sites whose tensors the cache is given at every call (`maps.MapRecorder` is such a cache).
-        wrap: makes what the sampler is given out of the model's `denoise(x, t, call)`, to watch or replay it.
+        watch: sees, and may change, the scores of every attention that is computed (`minireuse.attention.Watch`).
+        wrap: makes what the sampler is given out of the model's `denoise(x, t, call)`, to replay known answers, say.
 
         Raises: ValueError with one sentence for an argument that does not fit; PlanError for a plan that does not.
         """
@@ -222,7 +223,7 @@ class Pipeline:
             cache,
             guidance_scale=guidance_scale,
             attention=attention,
-            watch=frozenset(watch),
+            watch=watch,
         )
         if wrap is not None:
             denoise = wrap(denoise)

@@ -1,4 +1,14 @@
-"""What can be reused, and when: sites and plans, without a model and without the tensors."""
+"""What can be reused, and when: sites and plans, without a model and without the tensors.
+
+The paper's idea (arXiv 2401.01008) is a binary vector over a sampler's calls of the U-Net: at each call the attention
+maps are computed, or the maps computed last are used again. Here a plan is a boolean matrix with such a vector as the
+column of each reusable tensor; `ReusePlan.stepwise` repeats one vector for all of them, as the paper does. What follows
+for one call is a `StepPlan`: what is reused, what is stored because a later call reads it, and what is read for the
+last time. `values_of` and `ReusePlan._steps` derive it. cache.py and attention.py carry it out.
+
+Three things go beyond the paper, each in a place of its own: tensors other than maps (`Site.skips`), guidance that ends
+before the run does (`ReusePlan._across_guidance`), and extrapolation (`ReusePlan._on_lines`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +16,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,7 +41,7 @@ class Site:
 
     address: str
     kind: str
-    depth: int | None = field(default=None, compare=False)  # layers from the U-Net's ends; known to its own sites
+    depth: int = field(default=0, compare=False)  # layers between it and the nearer end of the U-Net
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -46,8 +57,6 @@ class Site:
     def skips(self, other: Site) -> bool:
         """Whether reusing this site means that the other one is neither computed nor read."""
         if self.kind == "deep":
-            if self.depth is None or other.depth is None:
-                raise PlanError("the plan does not know how deep its sites lie; call plan.on(pipe.sites) first")
             return other.depth > self.depth
         return self.kind == "out" and other.kind == "map" and other.address == self.address
 
@@ -56,7 +65,9 @@ class Site:
 class StepPlan:
     """What one U-Net call does: the sites it reuses, those it stores, and those it reads for the last time.
 
-    half: sites stored by a guided call and reused by this unguided one.
+    call: its number. guided: False where only the conditional half is computed.
+    explicit: write every attention map out even where it is not stored (the unfused baseline).
+    half: of the sites it reuses, those that a guided call stored while this one is unguided.
     keep: of the sites it stores, those whose value before stays beside the new one (plans of order 1).
     ahead: of the sites it reuses, how far beyond the last value on the line through both, in distances between them.
     """
@@ -64,14 +75,46 @@ class StepPlan:
     reuse: frozenset[Site] = frozenset()
     store: frozenset[Site] = frozenset()
     last: frozenset[Site] = frozenset()
+    call: int = 0
+    guided: bool = True
+    explicit: bool = False
     half: frozenset[Site] = frozenset()
     keep: frozenset[Site] = frozenset()
     ahead: frozenset[tuple[Site, float]] = frozenset()
-    guided: bool = True  # False: only the conditional half is computed at this call
-    explicit: bool = False  # write every attention map out even where it is not stored (the unfused baseline)
 
 
 PLAIN = StepPlan()  # an ordinary U-Net call
+
+
+class Value(NamedTuple):
+    """What a site computed at one call, and the calls that read it."""
+
+    call: int
+    readers: tuple[int, ...]
+
+
+def values_of(read: np.ndarray, computed: np.ndarray) -> list[Value]:
+    """Every value that a site computes, with the calls that read it: those until it is computed anew.
+
+        call      0 1 2 3 4 5
+        mask      . # # . . #
+
+    The site computes at calls 0, 3 and 4. Value 0 is read by calls 1 and 2, value 3 by no call, value 4 by call 5. So
+    call 0 stores, calls 1 and 2 reuse, and 2 is the last to read it; call 3 stores nothing; call 4 stores, and 5 reuses
+    and is the last to read it.
+
+    Shapes: read and computed (calls,), boolean, never both.
+    """
+    made = np.flatnonzero(computed).tolist()
+    ends = [*made[1:], len(read)]
+    return [Value(a, tuple(r for r in range(a + 1, b) if read[r])) for a, b in zip(made, ends, strict=True)]
+
+
+Sets = list[set[Any]]  # one for every call
+
+
+def _sets(calls: int, count: int) -> list[Sets]:
+    return [[set() for _ in range(calls)] for _ in range(count)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,48 +186,59 @@ class ReusePlan:
 
     @cached_property
     def _steps(self) -> tuple[StepPlan, ...]:
-        read, computed = self._uses
-        names = ("reuse", "store", "last", "half", "keep", "ahead")
-        sets: list[dict[str, Any]] = [{name: set() for name in names} for _ in range(self.calls)]
-        for column, site in enumerate(self.sites):
-            writers = np.flatnonzero(computed[:, column]).tolist()
-            ends = [*writers[1:], self.calls]
-            read_at = [[r for r in range(w + 1, end) if read[r, column]] for w, end in zip(writers, ends, strict=True)]
-            # Whether the readers of each value also read the one before it.
-            lines = [
-                self.order > 0 and i > 0 and bool(read_at[i]) and self.guided[writers[i - 1]] == self.guided[w]
-                for i, w in enumerate(writers)
-            ]
-            for i, (writer, readers) in enumerate(zip(writers, read_at, strict=True)):
-                needed_beside_the_next = i + 1 < len(lines) and lines[i + 1]
-                if readers or needed_beside_the_next:
-                    sets[writer]["store"].add(site)
-                if readers and not needed_beside_the_next:
-                    sets[readers[-1]]["last"].add(site)
-                if lines[i]:
-                    sets[writer]["keep"].add(site)
+        reuse, store, last, half, keep, ahead = _sets(self.calls, 6)
+        for site, read, computed in zip(self.sites, *(uses.T for uses in self._uses), strict=True):
+            values = values_of(read, computed)
+            for call, readers in values:
+                if readers:
+                    store[call].add(site)
+                    last[readers[-1]].add(site)
                 for reader in readers:
-                    sets[reader]["reuse"].add(site)
-                    if lines[i]:
-                        sets[reader]["ahead"].add((site, (reader - writer) / (writer - writers[i - 1])))
-                    if self.guided[reader] and not self.guided[writer]:
-                        where = f"{site.kind} of {site.address}"
-                        raise PlanError(f"the plan reuses {where} of unguided call {writer} in a guided one")
-                    if self.guided[writer] and not self.guided[reader]:
-                        sets[reader]["half"].add(site)
-        for now, guided in zip(sets, self.guided, strict=True):
-            now.update({name: frozenset(now[name]) for name in names}, guided=guided)
-        return tuple(StepPlan(**now) for now in sets)
+                    reuse[reader].add(site)
+            self._across_guidance(site, values, half)
+            if self.order:
+                self._on_lines(site, values, store, last, keep, ahead)
+        return tuple(
+            StepPlan(
+                reuse=frozenset(reuse[call]),
+                store=frozenset(store[call]),
+                last=frozenset(last[call]),
+                call=call,
+                guided=self.guided[call],
+                half=frozenset(half[call]),
+                keep=frozenset(keep[call]),
+                ahead=frozenset(ahead[call]),
+            )
+            for call in range(self.calls)
+        )
+
+    def _across_guidance(self, site: Site, values: Sequence[Value], half: Sets) -> None:
+        """Where guidance ends, a value of both halves is read by calls that compute the conditional one alone."""
+        for call, readers in values:
+            for reader in readers:
+                if self.guided[call] and not self.guided[reader]:
+                    half[reader].add(site)
+                if self.guided[reader] and not self.guided[call]:
+                    where = f"{site.kind} of {site.address}"
+                    raise PlanError(f"the plan reuses {where} of unguided call {call} in a guided one")
+
+    def _on_lines(self, site: Site, values: Sequence[Value], store: Sets, last: Sets, keep: Sets, ahead: Sets) -> None:
+        """Order 1: whoever reads a value reads the one before it, too, which is stored and stays for that."""
+        for before, now in pairwise(values):
+            if now.readers and self.guided[before.call] == self.guided[now.call]:
+                store[before.call].add(site)
+                keep[now.call].add(site)
+                for reader in before.readers[-1:]:
+                    last[reader].remove(site)
+                for reader in now.readers:
+                    ahead[reader].add((site, (reader - now.call) / (now.call - before.call)))
 
     def step(self, call: int) -> StepPlan:
         """What to do at one call. A site stores only if a later call reads that value."""
         return self._steps[call]
 
     def on(self, sites: Iterable[Site]) -> ReusePlan:
-        """The same plan over a model's own sites, which know how deep they lie (a plan from a file does not).
-
-        Raises: PlanError where the model lacks a site.
-        """
+        """The same plan over a model's own sites. Raises: PlanError where the model lacks a site."""
         own = {site: site for site in sites}
         if unknown := [s for s in self.sites if s not in own]:
             first = f"{unknown[0].kind} of {unknown[0].address} and {len(unknown) - 1} more sites"
@@ -238,31 +292,44 @@ class ReusePlan:
         return ReusePlan(mask, tuple(columns), guided, max(orders, default=0))
 
     def to_json(self) -> str:
-        """Readable JSON: a string of '.' and '#' per site, under its kind and address."""
+        """Readable JSON: a string of '.' and '#' per site, under its kind and address, and how deep each site lies."""
         drawn: dict[str, dict[str, str]] = {}
         for site, column in zip(self.sites, self.mask.T, strict=True):
             drawn.setdefault(site.kind, {})[site.address] = _draw(column)
         data: dict[str, Any] = {"format": "minireuse-plan", "calls": self.calls}
         data |= {"order": self.order} if self.order else {}
-        return json.dumps(data | {"guided": _draw(np.array(self.guided)), "sites": drawn}, indent=2)
+        depths = {site.address: site.depth for site in self.sites}
+        return json.dumps(data | {"guided": _draw(np.array(self.guided)), "sites": drawn, "depths": depths}, indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> ReusePlan:
-        """The inverse of `to_json`. Raises: PlanError naming the field that is wrong."""
+    def from_json(cls, text: str, sites: Iterable[Site] = ()) -> ReusePlan:
+        """The inverse of `to_json`. Raises: PlanError naming the field that is wrong.
+
+        sites: of the model, which know how deep they lie: files written before version 0.2 do not say it.
+        """
         try:
             data = parse_json(text)
         except ValueError as error:
             raise PlanError(f"plan is not JSON ({error}); expected what ReusePlan.to_json writes") from None
         if not isinstance(data, Mapping) or data.get("format") != "minireuse-plan":
             raise PlanError('plan has no "format": "minireuse-plan"; expected what ReusePlan.to_json writes')
-        if unknown := set(data) - {"format", "calls", "order", "guided", "sites", "about"}:
+        if unknown := set(data) - {"format", "calls", "order", "guided", "sites", "depths", "about"}:
             raise PlanError(f"plan has the unknown field {shown(min(unknown))}; expected what ReusePlan.to_json writes")
         calls, drawn = data.get("calls"), data.get("sites")
         if not isinstance(calls, int) or isinstance(calls, bool) or not 1 <= calls <= 100_000:
             raise PlanError(f"plan field calls is {shown(calls)}, expected a whole number from 1 to 100000")
         if not isinstance(drawn, Mapping) or not all(isinstance(v, Mapping) for v in drawn.values()):
             raise PlanError("plan field sites must be an object of kinds, each an object of addresses")
-        columns = {Site(a, kind): _parse(g, calls, a) for kind, group in drawn.items() for a, g in group.items()}
+        depths = {site.address: site.depth for site in sites} | _parse_depths(data.get("depths", {}))
+        columns = {
+            Site(address, kind, depths.get(address, 0)): _parse(grid, calls, address)
+            for kind, group in drawn.items()
+            for address, grid in group.items()
+        }
+        unknown_depth = [site for site in columns if site.address not in depths]
+        if unknown_depth and len(columns) > 1 and any(site.kind == "deep" for site in columns):
+            where = shown(unknown_depth[0].address)
+            raise PlanError(f"plan field depths does not say how deep {where} lies; read it with the model's sites")
         guided = _parse(data.get("guided", "#" * calls), calls, "guided")
         mask = np.array(list(columns.values()), dtype=bool).reshape(len(columns), calls).T
         return cls(mask, tuple(columns), tuple(bool(g) for g in guided), data.get("order", 0))
@@ -270,6 +337,12 @@ class ReusePlan:
 
 def _draw(row: np.ndarray) -> str:
     return "".join(".#"[int(cell)] for cell in row)
+
+
+def _parse_depths(depths: Any) -> dict[str, int]:
+    if not isinstance(depths, Mapping) or not all(type(d) is int and 0 <= d <= 100_000 for d in depths.values()):
+        raise PlanError(f"plan field depths is {shown(depths)}, expected an object of addresses and whole numbers")
+    return dict(depths)
 
 
 def _parse(drawn: Any, calls: int, where: str) -> np.ndarray:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minireuse.attention import Attention, SpatialTransformer, Text, TextKV, TransformerBlock
+from minireuse.attention import Attention, SpatialTransformer, Text, TextKV, TransformerBlock, Watch
 from minireuse.cache import ReuseCache
 from minireuse.config import UNetConfig
 from minireuse.layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample, timestep_embedding
@@ -31,10 +31,12 @@ class Layer:
     attention: SpatialTransformer | None = None
     upsample: Upsample | None = None
 
-    def __call__(self, x: Tensor, time: Tensor, context: Text, step: StepPlan, cache: ReuseCache | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, time: Tensor, context: Text, step: StepPlan, cache: ReuseCache | None, watch: Watch | None
+    ) -> Tensor:
         x = self.module(x, time) if isinstance(self.module, ResnetBlock) else self.module(x)
         if self.attention is not None:
-            x = self.attention(x, context, step, cache)
+            x = self.attention(x, context, step, cache, watch)
         return x if self.upsample is None else self.upsample(x)
 
 
@@ -76,9 +78,11 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(_resnet(channels, channels, config) for _ in range(2))
         self.attentions = nn.ModuleList([_transformer(channels, heads, config)])
 
-    def forward(self, x: Tensor, time: Tensor, context: Text, step: StepPlan, cache: ReuseCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, time: Tensor, context: Text, step: StepPlan, cache: ReuseCache | None, watch: Watch | None
+    ) -> Tensor:
         x = self.resnets[0](x, time)
-        x = self.attentions[0](x, context, step, cache)
+        x = self.attentions[0](x, context, step, cache, watch)
         return self.resnets[1](x, time)
 
 
@@ -108,10 +112,8 @@ class UNet(nn.Module):
             width = widths[i]
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=EPS)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
-        for address, module in self.named_modules():
-            if isinstance(module, Attention):
-                module.address = address
         self.deep_sites = self._deep_sites()
+        self._place_attention()
 
     def _down_layers(self) -> list[Layer]:
         layers = [Layer(self.conv_in)]
@@ -137,15 +139,25 @@ class UNet(nn.Module):
             Site(a, "deep", depth) for a, depth in zip(addresses, reversed(range(len(addresses))), strict=True)
         )
 
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """Every reusable tensor: maps, outputs, deep features, each kind in the order of the walk."""
+    def _place_attention(self) -> None:
+        """Tell every attention its address and how many layers lie between it and the U-Net's nearer end."""
         down, up = self._down_layers(), self._up_layers()
         walk: list[tuple[int, nn.Module | None]] = [(depth, layer.attention) for depth, layer in enumerate(down)]
         walk += [(len(down), self.mid_block.attentions[0])]
         walk += [(depth, layer.attention) for depth, layer in zip(reversed(range(len(down))), up, strict=True)]
-        found = [(m.address, depth) for depth, t in walk if t for m in t.modules() if isinstance(m, Attention)]
-        return tuple(Site(a, kind, depth) for kind in ("map", "out") for a, depth in found) + self.deep_sites
+        address = {module: name for name, module in self.named_modules()}
+        self.attention_layers: list[Attention] = []  # in the order of the walk; a plain list registers no module twice
+        for depth, transformer in walk:
+            for module in transformer.modules() if transformer else ():
+                if isinstance(module, Attention):
+                    module.place(address[module], depth)
+                    self.attention_layers.append(module)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every reusable tensor: maps, outputs, deep features, each kind in the order of the walk."""
+        maps, outs = ([getattr(m, name) for m in self.attention_layers] for name in ("map_site", "out_site"))
+        return (*maps, *outs, *self.deep_sites)
 
     def text_kv(self, context: Tensor) -> TextKV:
         """What cross attention makes of the prompt: computed once, it can be given to every call as `context`.
@@ -162,8 +174,9 @@ class UNet(nn.Module):
         context: Text,
         step: StepPlan | None = None,
         cache: ReuseCache | None = None,
+        watch: Watch | None = None,
     ) -> Tensor:
-        """The model's prediction; `step` and `cache` None make it an ordinary U-Net.
+        """The model's prediction; `step` and `cache` None make it an ordinary U-Net, `watch` looks at its attention.
 
         Shapes: x (B, 4, h, w), t scalar or (B,), context (B, M, D) or `text_kv` of it -> (B, 4, h, w).
         """
@@ -173,26 +186,25 @@ class UNet(nn.Module):
         # A number is filled in on the device: copying it there would make the host wait for the device at every call.
         if not isinstance(t, Tensor):
             t = torch.full((1,), float(t), device=x.device)
-        t = t.to(x.device).expand(x.shape[0])
-        time = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
+        t = t.to(x.device).expand(x.shape[0])  # (B,)
+        time = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))  # (B, 4 C)
 
         down, up = self._down_layers(), self._up_layers()
-        # Where the walk enters the up path: at most one deep feature is reused, since it skips the deeper ones.
-        entry = next((j for j, site in enumerate(self.deep_sites) if site in step.reuse), 0)
-        entered = self.deep_sites[entry]
+        # At most one deep feature is reused, since it skips the deeper ones: the walk then turns round where it enters.
+        entry = next((j for j, site in enumerate(self.deep_sites) if site in step.reuse), None)
         skips = []
-        for layer in down[: len(down) - entry]:
-            x = layer(x, time, context, step, cache)
+        for layer in down if entry is None else down[: len(down) - entry]:
+            x = layer(x, time, context, step, cache, watch)  # (B, C_i, h_i, w_i), halved from level to level
             skips.append(x)
-        if cache is not None and entered in step.reuse:
-            x = cache.load(entered, _entering(up[entry], skips[-1]), step, like=x)
+        if cache is None or entry is None:
+            x = self.mid_block(x, time, context, step, cache, watch)  # (B, C_last, h_last, w_last)
         else:
-            x = self.mid_block(x, time, context, step, cache)
-        for layer, site in zip(up[entry:], self.deep_sites[entry:], strict=True):
+            x = cache.load(self.deep_sites[entry], _entering(up[entry], skips[-1]), step, like=x).read(x)
+        for layer, site in list(zip(up, self.deep_sites, strict=True))[entry or 0 :]:
             if cache is not None and site in step.store:
                 cache.store(site, x, step, dtype=x.dtype)
-            x = layer(torch.cat([x, skips.pop()], dim=1), time, context, step, cache)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+            x = layer(torch.cat([x, skips.pop()], dim=1), time, context, step, cache, watch)  # doubled on the way up
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 4, h, w)
 
 
 def _entering(layer: Layer, skip: Tensor) -> tuple[int, ...]:

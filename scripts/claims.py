@@ -26,11 +26,10 @@ from minireuse.cache import ReuseCache
 from minireuse.common.journal import Journal
 from minireuse.common.metrics import fidelity
 from minireuse.evaluate.command import SEED
-from minireuse.plan import ReusePlan, Site, StepPlan
+from minireuse.plan import ReusePlan, Site
 from minireuse.policies import early, hurry, phast, select
 from minireuse.policies import interval as evenly
 from minireuse.policies import random as at_random
-from minireuse.sample.maps import Watcher
 from minireuse.search.plan_files import Searched
 from minireuse.search.render import Renderer
 
@@ -82,22 +81,21 @@ def verdict(holds: bool, fails: bool) -> str:
     return "holds" if holds else "does not hold" if fails else "unclear"
 
 
-class Neighbours(Watcher):
-    """How much each map differs from the one of the call before, and from the very first."""
+class Neighbours:
+    """How much each map differs from the one of the call before, and from the very first; a `watch` of attention."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.before: dict[Site, Tensor] = {}
         self.first: dict[Site, Tensor] = {}
         self.found: dict[tuple[str, int], tuple[float, float, float]] = {}
 
-    def store(self, site: Site, value: Tensor, step: StepPlan, dtype: torch.dtype) -> None:
-        now = value.flatten().float()
+    def __call__(self, site: Site, call: int, scores: Tensor) -> None:
+        now = scores.softmax(dim=-1).flatten().float()
         if site in self.before:
             old, first = self.before[site], self.first[site]
             cosine = float(now @ old / (now.norm() * old.norm()))
             change, since = float((now - old).norm() / old.norm()), float((now - first).norm() / first.norm())
-            self.found[site.address, self.call] = (change, cosine, since)
+            self.found[site.address, call] = (change, cosine, since)
         self.first.setdefault(site, now)
         self.before[site] = now
 
@@ -107,8 +105,7 @@ def redundancy(study: Study, count: int = 4) -> dict[str, Any]:
     found: dict[tuple[str, int], list] = defaultdict(list)
     for i, prompt in enumerate(tqdm(study.prompts[:count], desc="redundancy")):
         watcher = Neighbours()
-        settings = {"steps": study.steps, "cache": watcher, "wrap": watcher.wrap, "watch": study.maps}
-        study.pipe.generate(prompt, seeds=SEED + i, **settings)
+        study.pipe.generate(prompt, seeds=SEED + i, steps=study.steps, watch=watcher)
         for key, value in watcher.found.items():
             found[key].append(value)
     addresses = [site.address for site in study.maps]
@@ -151,19 +148,18 @@ def single(study: Study, count: int = 8) -> dict[str, Any]:
     return {"verdict": verdict(rho < -0.8, rho > 0), "text": text, "damage": damage}
 
 
-class Perturber(Watcher):
-    """Multiplies every map of one call by 1 + noise, its rows still summing to one."""
+class Perturber:
+    """Multiplies every map of one call by 1 + noise, its rows still summing to one; a `watch` of attention."""
 
     def __init__(self, at: int, size: float, seed: int) -> None:
-        super().__init__()
         self.at, self.size = at, size
         self.generator = torch.Generator().manual_seed(seed)
 
-    def store(self, site: Site, value: Tensor, step: StepPlan, dtype: torch.dtype) -> None:
-        if self.call == self.at:
-            noise = torch.randn(value.shape, generator=self.generator).to(value)
-            value.mul_(1 + self.size * noise.clamp(-3, 3))  # in place: what is handed to a cache goes on to meet V
-            value.div_(value.sum(dim=-1, keepdim=True))
+    def __call__(self, site: Site, call: int, scores: Tensor) -> Tensor | None:
+        if call != self.at:
+            return None
+        noise = torch.randn(scores.shape, generator=self.generator).to(scores)
+        return scores + torch.log1p(self.size * noise.clamp(-3, 3))  # a factor of what the softmax makes of them
 
 
 def growth(study: Study, count: int = 8, size: float = 1e-3) -> dict[str, Any]:
@@ -174,7 +170,7 @@ def growth(study: Study, count: int = 8, size: float = 1e-3) -> dict[str, Any]:
 
     def trajectory(prompt: str, seed: int, watcher: Perturber) -> list[Tensor]:
         states: list[Tensor] = []
-        settings = {"steps": study.steps, "cache": watcher, "wrap": watcher.wrap, "watch": study.maps}
+        settings = {"steps": study.steps, "watch": watcher}
         study.pipe.generate(prompt, seeds=seed, on_step=lambda step: states.append(step.x.double()), **settings)
         return states
 

@@ -15,13 +15,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from minireuse.attention import KV, TextKV
-from minireuse.cache import Entry, Kept, ReuseCache
+from minireuse.attention import KV, TextKV, Watch
+from minireuse.cache import CacheTensor, CodedMap, CodedTensor, Entry, FloatTensor, ReuseCache
 from minireuse.checkpoints import reason
 from minireuse.plan import PLAIN, Site, StepPlan
 from minireuse.unet import UNet
 
-Parts = tuple[Tensor, Tensor | None]  # values and scale of a `Kept`
+Parts = tuple[Tensor, Tensor | None]  # of a `CacheTensor`: values or codes, and the scale of codes
 Read = Sequence[Sequence[Parts]]  # of each entry: the value, and the one before it where both are kept
 Inputs = tuple[Tensor, Tensor, Mapping[str, KV], Read, Sequence[Tensor]]
 Graph = Callable[..., tuple[Tensor, list[Parts]]]  # of `Inputs`
@@ -47,11 +47,11 @@ class Call(nn.Module):
         """
         cache = ReuseCache(*self.options)
         for (site, entry), parts in zip(self.read.items(), read, strict=True):
-            kept, *before = (Kept(*part) for part in parts)
-            cache.put(site, replace(entry, kept=kept, before=before[0] if before else None))
+            kept, *before = (_kept(site, *part) for part in parts)
+            cache.put(site, replace(entry, tensor=kept, before=before[0] if before else None))
         lines = zip(sorted(site for site, _ in self.step.ahead), cast(Sequence[float], ahead), strict=True)
         y = self.unet(x, t, TextKV(text), replace(self.step, ahead=frozenset(lines)), cache)
-        return y, [_parts(cache.entry(site).kept) for site in sorted(self.step.store)]
+        return y, [_parts(cache.entry(site).tensor) for site in sorted(self.step.store)]
 
 
 class CompiledUNet:
@@ -72,22 +72,28 @@ class CompiledUNet:
         return self.unet.text_kv(context)
 
     def __call__(
-        self, x: Tensor, t: float, context: TextKV, step: StepPlan = PLAIN, cache: ReuseCache | None = None
+        self,
+        x: Tensor,
+        t: float,
+        context: TextKV,
+        step: StepPlan = PLAIN,
+        cache: ReuseCache | None = None,
+        watch: Watch | None = None,
     ) -> Tensor:
         """Shapes: as in `UNet.forward`.
 
-        Raises: ValueError where nothing can be compiled, and for a cache that watches: within a graph no Python runs.
+        Raises: ValueError where nothing can be compiled, and for a `watch`: within a graph no Python runs.
         """
         cache = ReuseCache() if cache is None else cache
-        if type(cache) is not ReuseCache:
-            raise ValueError("compiled calls show nobody their maps; use the U-Net as it is to watch them")
+        if watch is not None:
+            raise ValueError("a compiled U-Net does not show its attention; use the U-Net as it is to watch it")
         read = {site: cache.entry(site) for site in sorted(step.reuse)}
-        parts = [[_parts(kept) for kept in (e.kept, e.before) if kept is not None] for e in read.values()]
+        parts = [[_parts(kept) for kept in (e.tensor, e.before) if kept is not None] for e in read.values()]
         time = torch.full((1,), float(t), device=x.device)
         lines = dict(step.ahead)
         ahead = [torch.full((), lines[site], device=x.device) for site in sorted(lines)]
         # What is forgotten or stays makes no other graph, nor does how far ahead a value is read.
-        same = replace(step, last=frozenset(), keep=frozenset(), ahead=frozenset((site, 0.0) for site in lines))
+        same = replace(step, call=0, last=frozenset(), keep=frozenset(), ahead=frozenset((site, 0.0) for site in lines))
         stored = tuple(
             (entry.dtype, entry.guided, _layout(*itertools.chain(*held)))
             for entry, held in zip(read.values(), parts, strict=True)
@@ -101,10 +107,10 @@ class CompiledUNet:
             why = reason(getattr(error, "inner_exception", error))
             raise ValueError(f"the U-Net cannot be compiled here ({why}); leave out compiling") from None
         for site, new in zip(sorted(step.store), made, strict=True):
-            before = cache.set_aside(site, step)
+            before = cache.take_before(site, step)
             if before is not None:  # it moves out of its room before that is filled anew
-                before = self._settle((site, "before"), *_parts(before))
-            cache.put(site, Entry(self._settle((site, "now"), *new), x.dtype, step.guided, before))
+                before = self._settle(site, "before", *_parts(before))
+            cache.put(site, Entry(self._settle(site, "now", *new), x.dtype, step.guided, before))
         cache.drop(step.last)
         return y.clone() if y.is_cuda else y  # the next replay of a CUDA graph writes over what this one returned
 
@@ -113,10 +119,10 @@ class CompiledUNet:
         mode = "reduce-overhead" if inputs[0].is_cuda else None  # CUDA graphs: one launch for a whole call
         return torch.compile(graph, fullgraph=True, dynamic=False, backend=self.backend, mode=mode)
 
-    def _settle(self, name: object, values: Tensor, scale: Tensor | None) -> Kept:
+    def _settle(self, site: Site, name: str, values: Tensor, scale: Tensor | None) -> CacheTensor:
         """What a call has stored, where CUDA graphs may read it: always at the same address."""
-        settled = None if scale is None else self._place((name, "scale"), scale)
-        return Kept(self._place((name, "values"), values), settled)
+        settled = None if scale is None else self._place((site, name, "scale"), scale)
+        return _kept(site, self._place((site, name, "values"), values), settled)
 
     def _place(self, name: object, value: Tensor) -> Tensor:
         if not value.is_cuda:
@@ -129,8 +135,18 @@ class CompiledUNet:
         return self._rooms[key].copy_(value)
 
 
-def _parts(kept: Kept) -> Parts:
-    return kept.values, kept.scale
+def _parts(kept: CacheTensor) -> Parts:
+    if isinstance(kept, FloatTensor):
+        return kept.values, None
+    assert isinstance(kept, (CodedMap, CodedTensor))
+    return kept.codes, kept.scale
+
+
+def _kept(site: Site, values: Tensor, scale: Tensor | None) -> CacheTensor:
+    """The inverse of `_parts`."""
+    if scale is None:
+        return FloatTensor(values)
+    return CodedMap(values, scale) if site.kind == "map" else CodedTensor(values, scale)
 
 
 def _layout(*tensors: Tensor | None) -> object:

@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from minireuse.attention import Watch
 from minireuse.cache import ReuseCache
 from minireuse.common.options import CACHE_DTYPES, load_model, mebibytes
 from minireuse.common.status import exit_status
 from minireuse.devices import is_available
 from minireuse.files import read_lines, write_whole
-from minireuse.guidance import unguided
 from minireuse.pipeline import ATTENTIONS, Pipeline, Result
 from minireuse.plan import ReusePlan
 from minireuse.policies import select
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return foretell(args, plan, len(batches[0]))
     if args.cache_budget is not None:
         with advice_on_memory(args, plan, len(batches[0])):
-            render = lambda p: paint(args, pipeline, init_image, jobs[:1], p, _cache(args)).images  # noqa: E731
+            render = lambda p: paint(args, pipeline, init_image, jobs[:1], p).images  # noqa: E731
             plan = within_budget(args, pipeline, plan, len(batches[0]), render)
 
     recipe = _recipe(args, pipeline, plan)
@@ -96,10 +96,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     hidden = args.quiet or args.json
     with tqdm(total=steps, desc=plan.grid or "reuse by site", unit="step", disable=hidden, dynamic_ncols=True) as bar:
         for number, batch in enumerate(batches):
-            recorder = None if args.save_maps is None else _recorder(args, pipeline, plan, batch, len(written))
+            recorder = None if args.save_maps is None else _recorder(args, pipeline, batch, len(written))
             with advice_on_memory(args, plan, len(batch)):
-                cache = _cache(args) if recorder is None else recorder
-                result = paint(args, pipeline, init_image, batch, plan, cache, lambda step: bar.update())
+                result = paint(args, pipeline, init_image, batch, plan, recorder, lambda step: bar.update())
             if recorder is not None:
                 recorder.finish(result.images, (result.latents.shape[2], result.latents.shape[3]))
             seconds, peak = seconds + result.seconds, max(peak, result.cache_peak_bytes)
@@ -129,11 +128,10 @@ def paint(
     init_image: Tensor | None,
     batch: Sequence[tuple[str, int]],
     plan: ReusePlan,
-    cache: ReuseCache,
+    watch: Watch | None = None,
     on_step: Callable[[Step], object] | None = None,
 ) -> Result:
     """One batch of prompts and seeds, as the arguments say. Shapes: init_image (1, 3, H, W)."""
-    recorder = cache if isinstance(cache, MapRecorder) else None
     return pipeline.generate(
         [prompt for prompt, _ in batch],
         negative_prompts=args.negative_prompt,
@@ -147,11 +145,10 @@ def paint(
         init_images=None if init_image is None else init_image.expand(len(batch), -1, -1, -1),
         strength=args.strength,
         eta=args.eta,
-        cache=cache,
+        cache=ReuseCache(getattr(torch, args.cache_dtype)),
         attention=args.attention,
         on_step=on_step,
-        wrap=None if recorder is None else recorder.wrap,
-        watch=() if recorder is None else select(pipeline.sites, args.sites),
+        watch=watch,
     )
 
 
@@ -260,18 +257,12 @@ def _model_name(args: argparse.Namespace) -> str:
     return SHIPPED if args.model is None else str(args.model)
 
 
-def _cache(args: argparse.Namespace) -> ReuseCache:
-    return ReuseCache(getattr(torch, args.cache_dtype))
-
-
 def _recorder(
-    args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, batch: Sequence[tuple[str, int]], first: int
+    args: argparse.Namespace, pipeline: Pipeline, batch: Sequence[tuple[str, int]], first: int
 ) -> MapRecorder:
-    """A cache that writes all maps down as well."""
+    """What writes all maps of a batch down."""
     words = [words_of(pipeline.text.pieces(prompt)) for prompt, _ in batch]
-    plan = unguided(plan) if args.guidance_scale == 1 else plan  # the one that is followed
-    dtype = getattr(torch, args.cache_dtype)
-    return MapRecorder(args.save_maps, plan.on(pipeline.sites), words, first=first, dtype=dtype)
+    return MapRecorder(args.save_maps, select(pipeline.sites, args.sites), words, first=first)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

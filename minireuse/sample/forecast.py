@@ -46,11 +46,13 @@ def forecast(
 ) -> Forecast:
     """What `ReuseCache.peak_nbytes` will be, to the byte, for one batch of `Pipeline.generate`.
 
-    unet: one on the meta device, such as that of `minireuse.load(path, device="meta")`. guided: whether there is
-    guidance (guidance_scale is not 1). tokens: M of the text encoder.
+    unet: of which only the configuration counts. guided: whether there is guidance (guidance_scale is not 1).
+    tokens: M of the text encoder.
     Shapes: size (h, w) of the latents. Units: bytes.
     """
     config = unet.config
+    with torch.device("meta"):
+        unet = UNet(config)
     plan = plan.on(unet.sites) if guided else unguided(plan.on(unet.sites))
     ledger = _Ledger(cache_dtype)
 

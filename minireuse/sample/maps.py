@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from math import isqrt
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,85 +13,45 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from minireuse.cache import Block, Kept, ReuseCache
-from minireuse.plan import ReusePlan, Site, StepPlan
-from minireuse.samplers import Denoise
+from minireuse.plan import Site
 
 END = "</w>"  # of a token that ends a word (CLIP's byte-pair encoding)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Handed(Kept):
-    """A map that is handed on whole, before it meets the values, instead of being kept."""
+class MapRecorder:
+    """Writes down every map that is computed: give it to `Pipeline.generate` as `watch`, and call `finish` at the end.
 
-    then: Callable[[Tensor], object]
-
-    def holds(self, like: Tensor) -> bool:
-        return False  # or the map would be written over `values`, which are another tensor's
-
-    def blocks(self, device: torch.device) -> Iterator[Block]:
-        yield slice(None), slice(None), slice(None)
-
-    def __setitem__(self, block: Block, probs: Tensor) -> None:
-        self.then(probs)
-
-
-class Watcher(ReuseCache):
-    """A cache that knows which call it is used in: give `Pipeline.generate` its `wrap` as `wrap`."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.call = 0
-
-    def hold(self, site: Site, shape: Sequence[int], step: StepPlan, like: Tensor) -> Kept:
-        """Takes the map in one piece and gives it to `store`, which may look at it or change it."""
-        return Handed(like, then=lambda probs: self.store(site, probs, step, like.dtype))
-
-    def wrap(self, denoise: Denoise) -> Denoise:
-        """The same `denoise`, while this learns which call it is."""
-
-        def watched(x: Tensor, t: float, call: int) -> Tensor:
-            self.call = call
-            return denoise(x, t, call)
-
-        return watched
-
-
-class MapRecorder(Watcher):
-    """A cache that is also handed the maps no plan reuses, and writes all of them down.
-
-    Give `Pipeline.generate` this as `cache`, its `wrap` as `wrap`, the sites to look at as `watch`. Of each image the
-    conditional half counts. Maps (N, N) of self attention are written at once; of cross attention's a small heat map
-    (h, w) per word is kept until `finish`. A reused map is not written again.
+    Of each image the conditional half counts. Maps (N, N) of self attention are written at once; of cross attention's a
+    small heat map (h, w) per word is kept until `finish`. A map that is reused is not written again.
     """
 
     def __init__(
         self,
         folder: Path,
-        plan: ReusePlan,
+        sites: Iterable[Site],
         words: Sequence[Sequence[tuple[str, Sequence[int]]]],
         first: int = 0,
-        **options: Any,
     ) -> None:
-        """words: of each image of the batch, each with the places of its tokens. first: the first image's number."""
-        super().__init__(**options)
-        self.folder, self.plan, self.words, self.first = folder, plan, words, first
+        """sites: whose maps to write. words: of each image of the batch, each with the places of its tokens.
+
+        first: the first image's number.
+        """
+        self.folder, self.sites, self.words, self.first = folder, frozenset(sites), words, first
         self._heat: dict[tuple[int, str, int], Tensor] = {}  # by image, address and call: (words, N)
 
-    def store(self, site: Site, value: Tensor, step: StepPlan, dtype: torch.dtype) -> None:
-        if site in self.plan.step(self.call).store:
-            super().store(site, value, step, dtype)
-        if site.kind != "map":
+    def __call__(self, site: Site, call: int, scores: Tensor) -> None:
+        """A `minireuse.attention.Watch`. Shapes: scores (2B, K, N, M) in guided calls, (B, K, N, M) in others."""
+        if site not in self.sites:
             return
-        conditional = value.chunk(2)[1] if step.guided else value
+        conditional = scores[-len(self.words) :].softmax(dim=-1, dtype=torch.float32)
         for i, probs in enumerate(conditional):
-            mean = probs.float().mean(dim=0).cpu()
+            mean = probs.mean(dim=0).cpu()  # (N, M)
             if site.is_cross:
                 spans = [mean[:, list(places)].sum(dim=1) for _, places in self.words[i]]
                 if spans:
-                    self._heat[i, site.address, self.call] = torch.stack(spans)
+                    self._heat[i, site.address, call] = torch.stack(spans)
             else:
-                path = self._folder(i) / "self" / site.address / f"call-{self.call:02d}.png"
+                path = self._folder(i) / "self" / site.address / f"call-{call:02d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(_gray(mean)).save(path)
 
