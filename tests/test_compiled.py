@@ -133,12 +133,9 @@ def test_a_reusing_call_needs_its_cache(unet: UNet, quick: CompiledUNet) -> None
         quick(torch.zeros(2, 4, 8, 8), 500.0, unet.text_kv(torch.zeros(2, 7, 32)), step, ReuseCache())
 
 
-def test_watching_caches_are_refused(unet: UNet, quick: CompiledUNet) -> None:
-    class Watching(ReuseCache):
-        pass
-
-    with pytest.raises(ValueError, match="show nobody their maps"):
-        outputs(unet, quick, ReusePlan.nothing(1), Watching())
+def test_a_watch_is_refused(unet: UNet, quick: CompiledUNet) -> None:
+    with pytest.raises(ValueError, match="does not show its attention"):
+        quick(torch.zeros(2, 4, 8, 8), 500.0, unet.text_kv(torch.zeros(2, 7, 32)), watch=lambda *seen: None)
 
 
 def test_inductor_computes_the_same(unet: UNet) -> None:
@@ -151,7 +148,7 @@ def test_inductor_computes_the_same(unet: UNet) -> None:
         cache = ReuseCache(torch.uint8)
         unet(x, 900.0, text, StepPlan(store=frozenset({first})), cache)
         found += [by(2 * x, 800.0, text, StepPlan(reuse=frozenset({first}), store=frozenset({second})), cache)]
-        found += [cache.entry(second).kept @ torch.eye(7).expand(2, 2, 7, 7)]  # its map, as numbers
+        found += [cache.entry(second).tensor.apply(torch.eye(7).expand(2, 2, 7, 7))]  # its map, as numbers
     torch.testing.assert_close(found[:2], found[2:], atol=1e-3, rtol=1e-3)  # a code may be rounded the other way
 
 
