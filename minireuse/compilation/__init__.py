@@ -97,7 +97,7 @@ class CompiledUNet:
             if key not in self.graphs:
                 self.graphs[key] = self._trace(Call(self.unet, same, read, cache), (x, time, context.kv, parts, ahead))
             y, made = self.graphs[key](x, time, context.kv, parts, ahead)  # compiles at the first time
-        except RuntimeError as error:  # torch's own errors of compiling are all of that kind
+        except _compile_errors() as error:
             why = reason(getattr(error, "inner_exception", error))
             raise ValueError(f"the U-Net cannot be compiled here ({why}); leave out compiling") from None
         for site, new in zip(sorted(step.store), made, strict=True):
@@ -127,6 +127,17 @@ class CompiledUNet:
                 self._rooms[key] = torch.empty_like(value)
             torch._dynamo.mark_static_address(self._rooms[key])
         return self._rooms[key].copy_(value)
+
+
+def _compile_errors() -> tuple[type[Exception], ...]:
+    """torch's own errors of compiling, and no others: a run out of memory must be told as that.
+
+    The names are private and not the same in all versions of torch, so they are looked up when an error is there.
+    """
+    from torch._dynamo import exc
+
+    names = ("TorchDynamoException", "FailOnRecompileLimitHit")
+    return tuple(getattr(exc, name) for name in names if hasattr(exc, name))
 
 
 def _parts(kept: Kept) -> Parts:
