@@ -27,11 +27,10 @@ from minireuse.common.journal import Journal
 from minireuse.common.metrics import fidelity
 from minireuse.evaluate.command import SEED
 from minireuse.plan import ReusePlan, Site, StepPlan
-from minireuse.policies import early, hurry, phast, select
+from minireuse.policies import Searched, early, hurry, phast, select
 from minireuse.policies import interval as evenly
 from minireuse.policies import random as at_random
 from minireuse.sample.maps import Watcher
-from minireuse.search.plan_files import Searched
 from minireuse.search.render import Renderer
 
 
@@ -257,9 +256,10 @@ def generalisation(study: Study, count: int = 8) -> dict[str, Any]:
         calls, sites = study.pipe.calls(sampler, steps), select(study.pipe.sites, kind=kind)
         # Only the plans for DDIM and these steps: a plan that was searched for the other setting would carry nothing.
         carried = [p for p in study.plans if (p.sampler, p.plan.calls) == ("ddim", study.steps)]
+        searched = partial(phast, plans=carried) if carried else hurry  # where nothing was searched, nothing is gained
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the plan was searched for something else is the point
-            plans = [f(calls, sites, k=calls // 2) for f in (partial(phast, plans=carried), hurry)]
+            plans = [f(calls, sites, k=calls // 2) for f in (searched, hurry)]
 
         def gain(setting: dict = setting, plans: list[ReusePlan] = plans) -> list[float]:
             render = study.renderer(count, **setting)
