@@ -27,10 +27,11 @@ from minireuse.common.journal import Journal
 from minireuse.common.metrics import fidelity
 from minireuse.evaluate.command import SEED
 from minireuse.plan import ReusePlan, Site, StepPlan
-from minireuse.policies import Searched, early, hurry, phast, select
+from minireuse.policies import early, hurry, phast, select
 from minireuse.policies import interval as evenly
 from minireuse.policies import random as at_random
 from minireuse.sample.maps import Watcher
+from minireuse.search.plan_files import Searched
 from minireuse.search.render import Renderer
 
 

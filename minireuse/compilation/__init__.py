@@ -129,6 +129,14 @@ class CompiledUNet:
         return self._rooms[key].copy_(value)
 
 
+def _parts(kept: Kept) -> Parts:
+    return kept.values, kept.scale
+
+
+def _layout(*tensors: Tensor | None) -> object:
+    return tuple(t if t is None else (t.shape, t.dtype, t.device) for t in tensors)
+
+
 def _compile_errors() -> tuple[type[Exception], ...]:
     """torch's own errors of compiling, and no others: a run out of memory must be told as that.
 
@@ -138,11 +146,3 @@ def _compile_errors() -> tuple[type[Exception], ...]:
 
     names = ("TorchDynamoException", "FailOnRecompileLimitHit")
     return tuple(getattr(exc, name) for name in names if hasattr(exc, name))
-
-
-def _parts(kept: Kept) -> Parts:
-    return kept.values, kept.scale
-
-
-def _layout(*tensors: Tensor | None) -> object:
-    return tuple(t if t is None else (t.shape, t.dtype, t.device) for t in tensors)
