@@ -56,7 +56,7 @@ def phast(
     calls: int,
     sites: Iterable[Site],
     *,
-    plans: Iterable[Searched] = (),
+    plans: Iterable[Searched] | None = None,
     k: int | None = None,
     order: int = 0,
     sampler: str = "ddim",
@@ -68,7 +68,7 @@ def phast(
     A warning says what was chosen where no plan was searched for just this run.
     Raises: PlanError without plans.
     """
-    k, sites, plans = _reuse_count(calls, k), tuple(sites), list(plans)
+    k, sites, plans = _reuse_count(calls, k), tuple(sites), list(plans or ())
     advice = "`python -m minireuse.search` searches one for this setting"
     if not plans:
         raise PlanError(

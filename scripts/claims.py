@@ -249,9 +249,10 @@ def generalisation(study: Study, count: int = 8) -> dict[str, Any]:
         calls, sites = study.pipe.calls(sampler, steps), select(study.pipe.sites, kind=kind)
         # Only the plans for DDIM and these steps: a plan that was searched for the other setting would carry nothing.
         carried = [p for p in study.plans if (p.sampler, p.plan.calls) == ("ddim", study.steps)]
+        searched = partial(phast, plans=carried) if carried else hurry  # where nothing was searched, nothing is gained
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the plan was searched for something else is the point
-            plans = [f(calls, sites, k=calls // 2) for f in (partial(phast, plans=carried), hurry)]
+            plans = [f(calls, sites, k=calls // 2) for f in (searched, hurry)]
 
         def gain(setting: dict = setting, plans: list[ReusePlan] = plans) -> list[float]:
             render = study.renderer(count, **setting)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._inductor.config
 from torch import Tensor
+from torch._dynamo import exc
 from torch._dynamo.utils import counters
 
 from minireuse.cache import CacheError, ReuseCache
@@ -158,3 +159,27 @@ def test_without_a_compiler_one_sentence_says_so(unet: UNet, monkeypatch: pytest
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/c++",))
     with pytest.raises(ValueError, match=r"cannot be compiled here .*; leave out compiling"):
         outputs(unet, CompiledUNet(unet), ReusePlan.nothing(1), ReuseCache())
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        ("FailOnRecompileLimitHit", ValueError),
+        ("InternalTorchDynamoError", ValueError),
+        ("OutOfMemoryError", torch.OutOfMemoryError),  # the command line has advice for it
+    ],
+)
+def test_only_what_cannot_be_compiled_is_told_as_that(
+    unet: UNet, monkeypatch: pytest.MonkeyPatch, raised: str, expected: type[Exception]
+) -> None:
+    compiled = CompiledUNet(unet)
+    error = getattr(exc, raised, None) or getattr(torch, raised, None)
+    if error is None:
+        pytest.skip(f"this torch has no {raised}")
+
+    def fail(*args: object) -> None:
+        raise error("no room")
+
+    monkeypatch.setattr(compiled, "_trace", fail)
+    with pytest.raises(expected, match="no room"):
+        outputs(unet, compiled, ReusePlan.nothing(1), ReuseCache())

@@ -1,11 +1,17 @@
 """Finding plans: PHAST's search, what plans cost, plans found before, and the language of `--policy`."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from minireuse.search.budget import groups_of, layerwise, starts, step_wise
-from minireuse.search.costs import Costs, measure, measured_latency
 from minireuse.search.language import build, names_in, policies_for, takes_count, takes_sites
 from minireuse.search.phast import SearchResult, search
 from minireuse.search.plan_files import plans_of, read_plan, read_searched
-from minireuse.search.render import Renderer
+
+if TYPE_CHECKING:
+    from minireuse.search.costs import Costs, measure, measured_latency
+    from minireuse.search.render import Renderer
 
 __all__ = [
     "Costs",
@@ -27,3 +33,16 @@ __all__ = [
     "takes_count",
     "takes_sites",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: plans and their search cost torch alone, whereas these need the whole model.
+    if name in ("Costs", "measure", "measured_latency"):
+        from minireuse.search import costs
+
+        return getattr(costs, name)
+    if name == "Renderer":
+        from minireuse.search.render import Renderer
+
+        return Renderer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
