@@ -30,10 +30,10 @@ class Searched:
         return tuple(cell == "#" for cell in self.plan.grid or "")
 
     def __str__(self) -> str:
-        return told(self.sampler, self.plan.calls, self.plan.reused, self.plan.order)
+        return describe(self.sampler, self.plan.calls, self.plan.reused, self.plan.order)
 
 
-def told(sampler: str, calls: int, reused: int, order: int) -> str:
+def describe(sampler: str, calls: int, reused: int, order: int) -> str:
     """A setting that plans are searched for, in words."""
     return f"{sampler}, {calls} calls, {reused} of them reused" + f" with order {order}" * (order > 0)
 
@@ -82,7 +82,7 @@ def phast(
     if not exact:
         others = ["another model"] * (plan.model != model) + ["other sites"] * (set(plan.plan.sites) != set(sites))
         for_what = f"with {' and '.join(others)} " * bool(others) + f"for {plan}"
-        run = told(sampler, calls, k, order)
+        run = describe(sampler, calls, k, order)
         warnings.warn(f"phast takes the plan searched {for_what}, fitted to {run}; {advice}", stacklevel=2)
     return ReusePlan.stepwise(fit(plan.row, calls, k), sites, order)
 

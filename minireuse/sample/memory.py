@@ -34,7 +34,7 @@ class CacheShape:
     dtype: torch.dtype
 
     def forecast(self, unet: UNet, plan: ReusePlan) -> Forecast:
-        """The bytes of a plan's cache, told before the run."""
+        """The bytes of a plan's cache, known before the run."""
         return forecast(
             unet,
             plan,
