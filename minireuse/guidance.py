@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from minireuse.attention import TextKV, Watch
 from minireuse.cache import ReuseCache
 from minireuse.plan import ReusePlan, StepPlan
+from minireuse.samplers import Denoise, from_v
 from minireuse.schedule import Schedule
 
 
@@ -42,8 +42,8 @@ def guided_denoise(
     guidance_scale: float = 7.5,
     attention: str = "fused",
     watch: Watch | None = None,
-) -> Callable[[Tensor, float, int], Tensor]:
-    """`denoise(x, t, call) -> eps` with classifier-free guidance, following `plan`.
+) -> Denoise:
+    """`denoise(x, t, call)`, of which samplers learn x_0 and eps, with classifier-free guidance, following `plan`.
 
     watch: sees, and may change, the scores of every attention that is computed (`minireuse.attention.Watch`).
     The unconditional half comes first in the batch: the order is part of what a cached tensor means.
@@ -58,19 +58,14 @@ def guided_denoise(
     conditional = context if guidance_scale == 1 else context.chunk(2)[1]
     text = {guided: unet.text_kv(context if guided else conditional) for guided in {s.guided for s in steps}}
 
-    def denoise(x: Tensor, t: float, call: int) -> Tensor:
+    def predict(x: Tensor, t: float, call: int) -> Tensor:
         step = steps[call]
         # The solver's state stays in float32 whatever precision the model computes in.
         latents = x.to(context.dtype)
         if step.guided:
             both = unet(torch.cat([latents, latents]), t, text[True], step, cache, watch).to(x.dtype)
             unconditional, conditional = both.chunk(2)
-            output = unconditional + guidance_scale * (conditional - unconditional)
-        else:
-            output = unet(latents, t, text[False], step, cache, watch).to(x.dtype)
-        if schedule.prediction_type == "epsilon":
-            return output
-        # v = alpha eps - sigma x_0 and x = alpha x_0 + sigma eps give eps (arXiv 2202.00512, appendix D).
-        return schedule.alpha(t) * output + schedule.sigma(t) * x
+            return unconditional + guidance_scale * (conditional - unconditional)
+        return unet(latents, t, text[False], step, cache, watch).to(x.dtype)
 
-    return denoise
+    return predict if schedule.prediction_type == "epsilon" else from_v(predict, schedule)

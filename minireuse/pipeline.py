@@ -123,7 +123,7 @@ class Pipeline:
             digest.update(values[:: max(1, len(values) // 4096)].to("cpu", torch.float32).numpy().tobytes())
         return digest.hexdigest()[:12]
 
-    def timesteps(self, steps: int, strength: float | None = None) -> list[int]:
+    def timesteps(self, steps: int, strength: float | None = None) -> list[float]:
         """The timesteps a run visits: all, or with an initial image the last `strength` of them.
 
         Raises: ValueError.

@@ -12,7 +12,7 @@ from torch import Tensor
 from minireuse.cache import ReuseCache
 from minireuse.pipeline import Pipeline
 from minireuse.plan import ReusePlan, Site, StepPlan
-from minireuse.samplers import Denoise
+from minireuse.samplers import Answer, Denoise, Prediction
 
 
 def did(step: StepPlan) -> StepPlan:
@@ -42,11 +42,17 @@ def refill(plan: ReusePlan, first: int) -> set[int]:
     return again
 
 
+def nbytes(answer: Answer) -> int:
+    """Bytes of a model's answer."""
+    tensors = answer if isinstance(answer, Prediction) else (answer,)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 @dataclass
 class Node:
     """One call of a trajectory, and what followed it: trajectories that begin alike share their nodes."""
 
-    eps: Tensor | None = None
+    answer: Answer | None = None
     after: dict[StepPlan, Node] = field(default_factory=dict)
 
 
@@ -90,13 +96,13 @@ class Renderer:
         again = refill(plan, first)
 
         def memory(denoise: Denoise) -> Denoise:
-            def remember(x: Tensor, t: float, call: int) -> Tensor:
-                kept = path[call].eps
+            def remember(x: Tensor, t: float, call: int) -> Answer:
+                kept = path[call].answer
                 if kept is not None and call < first and call not in again:
                     return kept
                 self.calls += 1
-                path[call].eps = eps = denoise(x, t, call)
-                return eps
+                path[call].answer = answer = denoise(x, t, call)
+                return answer
 
             return remember
 
@@ -119,9 +125,9 @@ class Renderer:
         for node in path:
             self._used.pop(id(node), None)
             self._used[id(node)] = node
-        size = sum(n.eps.numel() * n.eps.element_size() for n in path if n.eps is not None) // len(path)
+        size = sum(nbytes(node.answer) for node in path if node.answer is not None) // len(path)
         for key in list(self._used)[: max(0, len(self._used) - max(len(path), self.memory // max(size, 1)))]:
-            self._used.pop(key).eps = None
+            self._used.pop(key).answer = None
 
     def _follow(self, plan: ReusePlan) -> tuple[list[Node], int]:
         """The plan's nodes, and the first call that no plan before has made in the same way."""
@@ -129,6 +135,6 @@ class Renderer:
         for call in range(plan.calls):
             node = node.after.setdefault(did(plan.step(call)), Node())
             path.append(node)
-            if node.eps is not None and first == call:
+            if node.answer is not None and first == call:
                 first = call + 1
         return path, first
