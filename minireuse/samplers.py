@@ -9,8 +9,8 @@ solvers add a correction for how x_0 (DPM-Solver++) or eps (DPM-Solver, PLMS) ch
 log(alpha / sigma). What tells them apart is where they look for that change: at earlier calls, or at nodes in between.
 
 `schedule` is any trajectory (`minireuse.schedule.Trajectory`): the `Schedule` of a variance-preserving model, `Flow`,
-`EDM`, or one of your own. No solver assumes alpha^2 + sigma^2 = 1, divides by alpha, or fails where alpha or sigma is 0. The
-caller scales x_T: unit noise for a `Schedule` and for `Flow`, sigma_max times that for `EDM`.
+`EDM`, or one of your own. No solver assumes alpha^2 + sigma^2 = 1, or fails where alpha or sigma is 0. The caller
+scales x_T: unit noise for a `Schedule` and for `Flow`, sigma_max times that for `EDM`.
 
 Coefficients are Python floats in double precision. Tensors keep the dtype and device of `x_T`, and nothing waits for
 the device.
@@ -265,10 +265,10 @@ LONGEST = 2.0
 def _change(x_0: Tensor, now: Point, then: Point, past: tuple[Tensor, Point] | None, is_last: bool) -> Tensor | None:
     """How x_0 changes until half-way to then in lambda, on the line through this call and the one before.
 
-    None holds x_0 as it is. The first step does so, since it has no past. So does a step much longer than the one before
-    it (`LONGEST`). Grids have such steps: Stable Diffusion's own ends at t = 1, and the step to there spans nearly all
-    that is left. So does the last step, which with few steps spans a large part of lambda, and all the rest where sigma
-    ends at 0 (crowsonkb/k-diffusion#43, huggingface/diffusers#5541).
+    None holds x_0 as it is. The first step does so, since it has no past. So does a step much longer than the one
+    before it (`LONGEST`). Grids have such steps: Stable Diffusion's own ends at t = 1, and the step to there spans nearly
+    all that is left. So does the last step, which with few steps spans a large part of lambda, and all the rest where
+    sigma ends at 0 (crowsonkb/k-diffusion#43, huggingface/diffusers#5541).
     """
     if past is None or is_last:
         return None

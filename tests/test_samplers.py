@@ -281,7 +281,8 @@ def test_multistep(
         final_sigmas_type="zero" if schedule.last_alpha_cumprod == 1 else "sigma_min",
         euler_at_final=True,  # a last step of first order whatever n
     )
-    timesteps = schedule.timesteps(n)
+    # trailing: on Stable Diffusion's own grid (leading) the last step but one is not extrapolated here; see below.
+    timesteps = schedule.timesteps(n, "trailing")
     scheduler.set_timesteps(timesteps=timesteps)
     x, noises = latents(4, 3, dtype=torch.float32), list(latents(n, 4, 3, dtype=torch.float32).neg())
     draw = iter(noises)
