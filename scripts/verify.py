@@ -388,7 +388,6 @@ def _generate(args: argparse.Namespace, scenes: Sequence[Scene]) -> list[Array]:
     from minireuse.search.language import build
 
     pipe = minireuse.load(args.model)
-    args.guidance_scale = pipe.guidance_scale if args.guidance_scale is None else args.guidance_scale
     plan = build(args.policy, pipe.calls("ddim", args.steps), pipe.sites)
     images: list[Array] = []
     for start in tqdm(range(0, len(scenes), 10), desc="generate"):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from minireuse.attention import Watch
 from minireuse.cache import ReuseCache
-from minireuse.common.options import CACHE_DTYPES, load_model, mebibytes
+from minireuse.common.options import CACHE_DTYPES, guidance_scale, load_model, mebibytes
 from minireuse.common.status import exit_status
 from minireuse.devices import is_available
 from minireuse.files import read_lines, write_whole
@@ -79,9 +79,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plan = again.plan if again is not None else _plan(args, pipeline, calls)
     batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
     if args.dry_run:
-        return foretell(args, plan, len(batches[0]))
+        return foretell(args, pipeline, plan, len(batches[0]))
     if args.cache_budget is not None:
-        with advice_on_memory(args, plan, len(batches[0])):
+        with advice_on_memory(args, pipeline, plan, len(batches[0])):
             render = lambda p: paint(args, pipeline, init_image, jobs[:1], p).images  # noqa: E731
             plan = within_budget(args, pipeline, plan, len(batches[0]), render)
 
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tqdm(total=steps, desc=plan.grid or "reuse by site", unit="step", disable=hidden, dynamic_ncols=True) as bar:
         for number, batch in enumerate(batches):
             recorder = None if args.save_maps is None else _recorder(args, pipeline, batch, len(written))
-            with advice_on_memory(args, plan, len(batch)):
+            with advice_on_memory(args, pipeline, plan, len(batch)):
                 result = paint(args, pipeline, init_image, batch, plan, recorder, lambda step: bar.update())
             if recorder is not None:
                 recorder.finish(result.images, (result.latents.shape[2], result.latents.shape[3]))
@@ -233,7 +233,7 @@ def _recipe(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan) -> Re
         negative_prompt=args.negative_prompt,
         sampler=args.sampler,
         steps=args.steps,
-        guidance_scale=args.guidance_scale,
+        guidance_scale=guidance_scale(args, pipeline),
         eta=args.eta,
         height=factor * height,
         width=factor * width,

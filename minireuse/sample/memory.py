@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minireuse.common.options import load_model, mebibytes, parse_bytes
+from minireuse.common.options import guidance_scale, mebibytes, parse_bytes
 from minireuse.pipeline import Pipeline
 from minireuse.plan import ReusePlan
 from minireuse.sample.budget import choose, restrict, weigh
@@ -19,9 +19,9 @@ from minireuse.sample.forecast import Forecast, forecast
 from minireuse.search import groups_of
 
 
-def foretell(args: argparse.Namespace, plan: ReusePlan, batch: int) -> dict[str, Any]:
+def foretell(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, batch: int) -> dict[str, Any]:
     """What `--dry-run` tells: the bytes that a batch will keep, by site and at its fullest moment."""
-    found = _forecast(args, load_model(args, "meta"), plan, batch)
+    found = _forecast(args, pipeline, plan, batch)
     return {
         "sites": {f"{site.kind} of {site.address}": size for site, size in found.sites.items()},
         "cache_peak_bytes": found.peak,
@@ -42,8 +42,8 @@ def within_budget(
     render: Callable[[ReusePlan], np.ndarray],
 ) -> ReusePlan:
     """The plan with as many sites as `--cache-budget` has room for, by what they do to the first image; tells which."""
-    budget, empty, plan = parse_bytes(args.cache_budget), load_model(args, "meta"), plan.on(pipeline.sites)
-    peak = lambda p: _forecast(args, empty, p, batch).peak  # noqa: E731
+    budget, plan = parse_bytes(args.cache_budget), plan.on(pipeline.sites)
+    peak = lambda p: _forecast(args, pipeline, p, batch).peak  # noqa: E731
     if peak(plan) <= budget:
         return plan
     groups = groups_of(plan.sites, len(pipeline.unet.config.block_out_channels))
@@ -60,27 +60,27 @@ def within_budget(
     return chosen
 
 
-def _forecast(args: argparse.Namespace, empty: Pipeline, plan: ReusePlan, batch: int) -> Forecast:
+def _forecast(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, batch: int) -> Forecast:
     return forecast(
-        empty.unet,
+        pipeline.unet,
         plan,
         batch=batch,
-        size=empty.latent_size(args.height, args.width),
-        tokens=empty.text.length,
-        guided=args.guidance_scale != 1,
+        size=pipeline.latent_size(args.height, args.width),
+        tokens=pipeline.text.length,
+        guided=guidance_scale(args, pipeline) != 1,
         cache_dtype=getattr(torch, args.cache_dtype),
     )
 
 
 @contextmanager
-def advice_on_memory(args: argparse.Namespace, plan: ReusePlan, batch: int) -> Iterator[None]:
+def advice_on_memory(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, batch: int) -> Iterator[None]:
     """Where memory runs out, say what would help. Raises: ValueError then."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        peak = mebibytes(_forecast(args, load_model(args, "meta"), plan, batch).peak)
+        peak = mebibytes(_forecast(args, pipeline, plan, batch).peak)
         raise ValueError(
             f"out of memory with a batch of {batch}, of which the cache takes up to {peak}; try --batch-size 1, "
             "--cache-dtype uint8, --cache-budget, --sites cross, or a smaller --height and --width"

@@ -3,16 +3,20 @@
 from minireuse.search.budget import groups_of, layerwise, starts, step_wise
 from minireuse.search.costs import Costs, measure, measured_latency
 from minireuse.search.language import build, names_in, policies_for, takes_count, takes_sites
-from minireuse.search.phast import SearchResult, search
+from minireuse.search.phast import ScoreMany, SearchResult, improve
 from minireuse.search.plan_files import plans_of, read_plan, read_searched
 from minireuse.search.render import Renderer
+from minireuse.search.scoring import Scoring, search
 
 __all__ = [
     "Costs",
     "Renderer",
+    "ScoreMany",
+    "Scoring",
     "SearchResult",
     "build",
     "groups_of",
+    "improve",
     "layerwise",
     "measure",
     "measured_latency",
