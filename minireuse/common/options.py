@@ -27,22 +27,25 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_guidance_option(parser: argparse._ActionsContainer) -> None:
-    """How far to follow the prompt; `load_model` fills in the model's own."""
-    told = "1 is off; default: the model's own, 7.5 where it does not tell"
-    parser.add_argument("--guidance-scale", type=float, metavar="G", help=told)
+    """How far to follow the prompt; `guidance_scale` says what a model makes of it."""
+    help = "1 is off; default: the model's own, 7.5 where it does not tell"
+    parser.add_argument("--guidance-scale", type=float, metavar="G", help=help)
+
+
+def guidance_scale(args: argparse.Namespace, pipeline: Pipeline) -> float:
+    """The guidance scale that `add_guidance_option` was given, or the model's own."""
+    return pipeline.guidance_scale if args.guidance_scale is None else float(args.guidance_scale)
 
 
 def load_model(args: argparse.Namespace, device: str | None = None) -> Pipeline:
     """The model that `add_model_options` names; device: another one than asked for. Raises: ValueError."""
-    pipeline = load(
+    return load(
         args.model,
         device=device or args.device,
         dtype=args.dtype,
         prediction_type=args.prediction_type,
         tokenizer=args.tokenizer,
     )
-    args.guidance_scale = pipeline.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    return pipeline
 
 
 def parse_bytes(text: str) -> int:

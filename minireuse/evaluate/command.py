@@ -23,7 +23,7 @@ from tqdm import tqdm
 from minireuse.cache import ReuseCache
 from minireuse.common.journal import Journal
 from minireuse.common.metrics import fidelity, ssim
-from minireuse.common.options import add_guidance_option, add_model_options, load_model
+from minireuse.common.options import add_guidance_option, add_model_options, guidance_scale, load_model
 from minireuse.common.ranks import Ranks, shared_status
 from minireuse.common.status import command_line
 from minireuse.evaluate.distribution import EXTRACTORS, Follow, prompt_check, score_all
@@ -85,12 +85,14 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     args = parser().parse_args(argv)
-    args.command = command_line("minireuse.evaluate", argv)
-    return shared_status(lambda ranks: run(args, ranks))
+    return shared_status(lambda ranks: run(args, ranks, command_line("minireuse.evaluate", argv)))
 
 
-def run(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Evaluate and write the report. Raises: ValueError, OSError for bad input."""
+def run(args: argparse.Namespace, ranks: Ranks, command: str) -> None:
+    """Evaluate and write the report. Raises: ValueError, OSError for bad input.
+
+    command: what was typed, for the report.
+    """
     for name in ("prompts", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 1 or more")
@@ -99,12 +101,12 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     begun = (args.out / "journal.jsonl").exists()
     if (args.out / "results.json").exists() or (not begun and args.out.is_dir() and any(args.out.iterdir())):
         raise ValueError(f"{args.out} holds results or other files already; remove them, or name another folder")
-    if args.policies is None:
-        args.policies = [*DEFAULT, *dict.fromkeys(f"steps:{max(1, round(args.steps * f))}" for f in FEWER)]
+    fewer = dict.fromkeys(f"steps:{max(1, round(args.steps * f))}" for f in FEWER)
+    policies = [*DEFAULT, *fewer] if args.policies is None else args.policies
     prompts = read_prompts(args.prompts_file, args.model, "evaluation", args.prompts, "--prompts")
     follow = prompt_check(args.check, shipped=args.model is None)
     pipeline = load_model(args, ranks.device(args.device))
-    rows = make_rows(args, pipeline)
+    rows = make_rows(args, pipeline, policies)
     if args.against not in {row.name for row in rows}:
         raise ValueError(f"--against is {args.against!r}, expected one of {', '.join(row.name for row in rows)}")
     settings = describe(args, pipeline, prompts, rows)
@@ -114,7 +116,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     # Time first, by one process alone: which plain sampler takes equally long decides what is rendered.
     timings = ranks.gather(measure(args, pipeline, rows, prompts[0], journal) if ranks.first else None)[0]
     twins = {kernel: equals(rows, timings, kernel) for kernel in KERNELS} if args.equal_latency else {}
-    wanted = {FULL, args.against, *args.policies, *(twin for pairs in twins.values() for twin in pairs.values())}
+    wanted = {FULL, args.against, *policies, *(twin for pairs in twins.values() for twin in pairs.values())}
     rendered = [row for row in rows if row.name in wanted]
     scores = judge(args, pipeline, rendered, prompts, follow, journal, ranks)
     if ranks.first:
@@ -122,7 +124,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         sets, notes = score_all(pictures, prompts, pipeline.vae, args.fid, args.clip_score)
         results = {
             "settings": settings,
-            "command": args.command,
+            "command": command,
             "versions": f"torch {torch.__version__}, python {platform.python_version()}, "
             f"{pipeline.device}, {torch.get_num_threads()} threads",
             "rows": {
@@ -145,13 +147,13 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         print(text, *notes, sep="\n")
 
 
-def make_rows(args: argparse.Namespace, pipeline: Pipeline) -> list[Row]:
-    """The full sampler, what --policies names and, for --equal-latency, the plain sampler with every step count."""
+def make_rows(args: argparse.Namespace, pipeline: Pipeline, names: Sequence[str]) -> list[Row]:
+    """The full sampler, the policies named and, for --equal-latency, the plain sampler with every step count."""
     calls = pipeline.calls(args.sampler, args.steps)
-    policies = policies_for("|".join(args.policies), args.model, args.sampler, lambda: pipeline.fingerprint)
+    policies = policies_for("|".join(names), args.model, args.sampler, lambda: pipeline.fingerprint)
     rows = {FULL: Row(FULL, args.steps, ReusePlan.nothing(calls))}
     fewer = [f"steps:{n}" for n in range(2, args.steps)] if args.equal_latency else []
-    for text in dict.fromkeys([*args.policies, *fewer]):
+    for text in dict.fromkeys([*names, *fewer]):
         kind, _, number = text.partition(":")
         if kind == "steps":
             if not number.isdigit() or not int(number) > 0:
@@ -325,7 +327,7 @@ def describe(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], r
         "sampler": args.sampler,
         "steps": args.steps,
         "spacing": pipeline.schedule.spacing,
-        "guidance_scale": args.guidance_scale,
+        "guidance_scale": guidance_scale(args, pipeline),
         "policies": {r.name: hashlib.sha256(r.plan.to_json().encode()).hexdigest()[:12] for r in rows},
         "check": str(args.check),
         "equal_latency": args.equal_latency,
