@@ -32,6 +32,16 @@ def unguided(plan: ReusePlan) -> ReusePlan:
     return replace(plan, guided=(False,) * plan.calls)
 
 
+def rescaled(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """The guided output brought back, by this share of the way, to the conditional one's standard deviation.
+
+    Shapes: (B, ...). Source: arXiv 2305.08891 section 3.4, on the network's own output.
+    """
+    dims = tuple(range(1, guided.ndim))
+    factor = conditional.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
+    return guided * (share * factor + (1 - share))
+
+
 def guided_denoise(
     unet: ConditionalUNet,
     context: Tensor,
@@ -40,11 +50,13 @@ def guided_denoise(
     cache: ReuseCache,
     *,
     guidance_scale: float = 7.5,
+    guidance_rescale: float = 0.0,
     attention: str = "fused",
     watch: Watch | None = None,
 ) -> Denoise:
     """`denoise(x, t, call)`, of which samplers learn x_0 and eps, with classifier-free guidance, following `plan`.
 
+    guidance_rescale: how much of the guided output's excess in contrast is taken back, 0 to 1 (`rescaled`).
     watch: sees, and may change, the scores of every attention that is computed (`minireuse.attention.Watch`).
     The unconditional half comes first in the batch: the order is part of what a cached tensor means.
 
@@ -65,7 +77,8 @@ def guided_denoise(
         if step.guided:
             both = unet(torch.cat([latents, latents]), t, text[True], step, cache, watch).to(x.dtype)
             unconditional, conditional = both.chunk(2)
-            return unconditional + guidance_scale * (conditional - unconditional)
+            output = unconditional + guidance_scale * (conditional - unconditional)
+            return rescaled(output, conditional, guidance_rescale) if guidance_rescale else output
         return unet(latents, t, text[False], step, cache, watch).to(x.dtype)
 
     return predict if schedule.prediction_type == "epsilon" else from_v(predict, schedule)

@@ -9,7 +9,7 @@ import operator
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,7 @@ def load(
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
     prediction_type: str | None = None,
+    spacing: str | None = None,
     tokenizer: str | Path | None = None,
 ) -> Pipeline:
     """Load a model: None is the one shipped with the package, a folder is in diffusers' layout, a file in LDM's.
@@ -61,6 +62,7 @@ def load(
     device: auto takes cuda, then mps, then cpu; meta reads no weights, for looking at sites and plans.
     dtype: auto is float16 on cuda, else float32.
     prediction_type: epsilon or v_prediction, where the checkpoint does not tell or tells wrongly.
+    spacing: of the timesteps, instead of the model's own (`minireuse.schedule.Schedule.timesteps`).
     tokenizer: a folder or hub name, for single files, which carry none.
 
     Raises: ValueError with one sentence that says what is wrong with the checkpoint or an argument.
@@ -80,7 +82,8 @@ def load(
     text = parts.text.to(place, dtype=precision)
     for module in (unet, vae, text):
         module.eval().requires_grad_(False)
-    return Pipeline(unet, vae, text, Schedule.from_config(parts.schedule), parts.guidance_scale)
+    config = parts.schedule if spacing is None else replace(parts.schedule, spacing=spacing)
+    return Pipeline(unet, vae, text, Schedule.from_config(config), parts.guidance_scale)
 
 
 @dataclass
@@ -123,19 +126,19 @@ class Pipeline:
             digest.update(values[:: max(1, len(values) // 4096)].to("cpu", torch.float32).numpy().tobytes())
         return digest.hexdigest()[:12]
 
-    def timesteps(self, steps: int, strength: float | None = None) -> list[float]:
+    def timesteps(self, steps: int | Sequence[float], strength: float | None = None) -> list[float]:
         """The timesteps a run visits: all, or with an initial image the last `strength` of them.
 
-        Raises: ValueError.
+        steps: how many, spaced as the schedule says, or the timesteps themselves. Raises: ValueError.
         """
-        timesteps = self.schedule.timesteps(steps)
+        timesteps = self.schedule.timesteps(steps) if isinstance(steps, int) else list(steps)
         if strength is None:
             return timesteps
         if not 0 < strength <= 1:
             raise ValueError(f"strength is {strength}, expected above 0 (keep the image) to 1 (ignore it)")
-        return timesteps[-max(1, round(steps * strength)) :]
+        return timesteps[-max(1, round(len(timesteps) * strength)) :]
 
-    def calls(self, sampler: str, steps: int, strength: float | None = None) -> int:
+    def calls(self, sampler: str, steps: int | Sequence[float], strength: float | None = None) -> int:
         """The number of U-Net calls of a run, which a plan has to match."""
         return count_calls(_sampler(sampler), self.schedule, self.timesteps(steps, strength))
 
@@ -161,9 +164,10 @@ class Pipeline:
         prompts: str | Sequence[str],
         *,
         negative_prompts: str | Sequence[str] | None = None,
-        steps: int = 20,
+        steps: int | Sequence[float] = 20,
         sampler: str = "ddim",
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
         seeds: int | Sequence[int] = 0,
         height: int | None = None,
         width: int | None = None,
@@ -180,8 +184,10 @@ class Pipeline:
     ) -> Result:
         """Generate one batch of images: a prompt and a seed each, either of them given once for all.
 
+        steps: how many timesteps, spaced as `schedule` says, or the timesteps themselves, falling.
         height, width: pixels; None is what the model was trained at. latents: initial noise instead of the seeds'.
-        guidance_scale: None is the model's own, 7.5 where it does not tell; 1 is off.
+        guidance_scale: None is the model's own, or 7.5 where the model says nothing; 1 is off.
+        guidance_rescale: 0 to 1, how much of the contrast that guidance adds is taken back (arXiv 2305.08891).
         init_images: (B, 3, H, W) in -1 ... 1, taken `strength` of the way to noise and denoised from there.
         eta: noise added by ddim (0 none, 1 as much as DDPM); samplers that are stochastic by name always use 1.
         cache: where reused tensors are kept; None makes one in float16. attention: "explicit" writes every map out.
@@ -195,6 +201,8 @@ class Pipeline:
         for name, number in (("eta", eta), ("guidance_scale", guidance_scale)):
             if not math.isfinite(number):
                 raise ValueError(f"{name} is {number}, expected a finite number")
+        if not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale is {guidance_rescale}, expected 0 (off) to 1")
         if eta < 0:
             raise ValueError(f"eta is {eta}, expected 0 for no noise, to 1 for as much as DDPM adds")
         if eta and sampler != "ddim":
@@ -222,6 +230,7 @@ class Pipeline:
             plan,
             cache,
             guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
             attention=attention,
             watch=watch,
         )

@@ -271,7 +271,8 @@ class ReusePlan:
         return hash(self._key())
 
     def __or__(self, other: ReusePlan) -> ReusePlan:
-        """Reuse wherever either plan does; a call is guided only if it is in both. Raises: PlanError."""
+        """Reuse wherever either plan does; a call is guided only if it is in both, and where guidance begins again it
+        reuses nothing. Raises: PlanError."""
         if self.calls != other.calls:
             raise PlanError(f"plans of {self.calls} and {other.calls} calls cannot be combined; make them equally long")
         orders = {plan.order for plan in (self, other) if plan.mask.any()}
@@ -281,8 +282,11 @@ class ReusePlan:
         for plan in (self, other):
             for site, column in zip(plan.sites, plan.mask.T, strict=True):
                 columns[site] = columns.get(site, np.zeros(self.calls, dtype=bool)) | column
-        mask = np.array(list(columns.values()), dtype=bool).reshape(len(columns), self.calls).T
         guided = tuple(a and b for a, b in zip(self.guided, other.guided, strict=True))
+        mask = np.array(list(columns.values()), dtype=bool).reshape(len(columns), self.calls).T
+        # What unguided calls computed lacks the unconditional half, so the first guided call after them reuses nothing.
+        begins = [call for call in range(1, self.calls) if guided[call] and not guided[call - 1]]
+        mask[begins] = False
         return ReusePlan(mask, tuple(columns), guided, max(orders, default=0))
 
     def to_json(self) -> str:

@@ -23,11 +23,16 @@ class Searched:
     plan: ReusePlan
     model: str  # fingerprint of the U-Net
     sampler: str
+    spacing: str = ""  # of the timesteps; empty where the file does not say
 
     @property
     def row(self) -> tuple[bool, ...]:
         """Which calls the plan reuses."""
         return tuple(cell == "#" for cell in self.plan.grid or "")
+
+    def is_spaced_otherwise(self, spacing: str) -> bool:
+        """Whether it was searched on another grid of timesteps than this one; not where either is unknown."""
+        return bool(self.spacing and spacing and self.spacing != spacing)
 
     def __str__(self) -> str:
         return describe(self.sampler, self.plan.calls, self.plan.reused, self.plan.order)
@@ -47,7 +52,11 @@ def none(calls: int, sites: Iterable[Site]) -> ReusePlan:
 
 
 def hurry(calls: int, sites: Iterable[Site], *, k: int | None = None) -> ReusePlan:
-    """HURRY: the last k calls reuse, since late reuse distorts the image least."""
+    """HURRY: the last k calls reuse. Where an error grows over the calls that follow it, late reuse distorts least.
+
+    That holds on the paper's models and not on every model: compare it with `interval` on yours.
+    Source: arXiv 2401.01008 eq. 4.
+    """
     k = _reuse_count(calls, k)
     return _stepwise(calls, sites, range(calls - k, calls))
 
@@ -61,10 +70,12 @@ def phast(
     order: int = 0,
     sampler: str = "ddim",
     model: str = "",
+    spacing: str = "",
 ) -> ReusePlan:
     """PHAST: of the plans that searches have found, the one made for what is most like this run, fitted to it.
 
-    plans: `minireuse.search.plans_of` reads those of a model. sampler, model: of this run (`Pipeline.fingerprint`).
+    plans: `minireuse.search.plans_of` reads those of a model. sampler, model, spacing: of this run
+    (`Pipeline.fingerprint`, `Schedule.spacing`).
     A warning says what was chosen where no plan was searched for just this run.
     Raises: PlanError without plans.
     """
@@ -74,13 +85,14 @@ def phast(
         raise PlanError(
             f"phast needs plans to choose from; {advice}, and minireuse.search.plans_of reads those there are"
         )
-    found = nearest(plans, calls, sites, k, sampler, model, order)
+    found = nearest(plans, calls, sites, k, sampler, model, order, spacing)
     if found is None:
         warnings.warn(f"phast knows no plan for sites like these and takes hurry; {advice}", stacklevel=2)
         return replace(hurry(calls, sites, k=k), order=order)
     plan, exact = found
     if not exact:
         others = ["another model"] * (plan.model != model) + ["other sites"] * (set(plan.plan.sites) != set(sites))
+        others += [f"spacing {plan.spacing}"] * plan.is_spaced_otherwise(spacing)
         for_what = f"with {' and '.join(others)} " * bool(others) + f"for {plan}"
         run = describe(sampler, calls, k, order)
         warnings.warn(f"phast takes the plan searched {for_what}, fitted to {run}; {advice}", stacklevel=2)
@@ -159,8 +171,22 @@ def pab(
     return own | ReusePlan.stepwise(inside & (call % cross_every != 0), select(sites, "cross", "out"))
 
 
+def cfg_interval(calls: int, sites: Iterable[Site], *, start: float = 0.2, end: float = 0.8) -> ReusePlan:
+    """Guidance inside an interval of the run alone (arXiv 2404.07724): the other calls compute no unconditional half.
+
+    start, end: shares of the calls. Nothing is reused; joined with another policy by `|`, its reuse goes on, and the
+    first guided call after unguided ones computes everything.
+    """
+    if not 0 <= start <= end <= 1:
+        raise PlanError(f"the interval is {start} to {end}, expected 0 <= start <= end <= 1")
+    guided = tuple(start * calls <= call < end * calls for call in range(calls))
+    return ReusePlan(np.zeros((calls, 0), dtype=bool), (), guided)
+
+
 STEPWISE: dict[str, Policy] = {f.__name__: f for f in (none, hurry, phast, early, interval, random)}
-RELATIVES: dict[str, Policy] = {f.__name__: f for f in (deepcache, tgate, pab)}  # these choose among all sites
+RELATIVES: dict[str, Policy] = {
+    f.__name__: f for f in (deepcache, tgate, pab, cfg_interval)
+}  # these choose among all sites
 POLICIES: dict[str, Policy] = STEPWISE | RELATIVES
 
 
@@ -195,7 +221,14 @@ def select(sites: Iterable[Site], which: str = "both", kind: str = "map", branch
 
 
 def nearest(
-    plans: Iterable[Searched], calls: int, sites: Iterable[Site], k: int, sampler: str, model: str, order: int = 0
+    plans: Iterable[Searched],
+    calls: int,
+    sites: Iterable[Site],
+    k: int,
+    sampler: str,
+    model: str,
+    order: int = 0,
+    spacing: str = "",
 ) -> tuple[Searched, bool] | None:
     """The plan searched for what is most like this run, and whether it was searched for just this run.
 
@@ -209,6 +242,7 @@ def nearest(
         return (
             p.model != model,
             p.sampler != sampler,
+            p.is_spaced_otherwise(spacing),
             p.plan.order != order,
             set(p.plan.sites) != sites,
             abs(math.log(p.plan.calls / calls)),

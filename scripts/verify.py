@@ -388,7 +388,6 @@ def _generate(args: argparse.Namespace, scenes: Sequence[Scene]) -> list[Array]:
     from minireuse.search import build, policies_for
 
     pipe = minireuse.load(args.model)
-    args.guidance_scale = pipe.guidance_scale if args.guidance_scale is None else args.guidance_scale
     folder = None if args.model is None else Path(args.model)  # where searched plans may lie
     policies = policies_for(args.policy, folder, "ddim", lambda: pipe.fingerprint)
     plan = build(args.policy, pipe.calls("ddim", args.steps), pipe.sites, policies=policies)

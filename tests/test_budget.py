@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
 
 import minireuse
-from minireuse.common.journal import Journal
-from minireuse.common.ranks import Ranks
 from minireuse.plan import PlanError, ReusePlan, Site
 from minireuse.policies import hurry, interval, select
+from minireuse.search import ScoreMany
 from minireuse.search.budget import alike_in, greedy, groups_of, layerwise, sensitivity, starts, step_wise
 from minireuse.search.costs import Costs, measure
-from minireuse.search.phast import Tries, grouped
+from minireuse.search.phast import BudgetSpent
 
 A, B = Site("down_blocks.0.attn1", "map"), Site("down_blocks.0.attn2", "map")
 DEEP = Site("up_blocks.1", "deep", depth=0)
 COSTS = Costs(plain=10.0, groups=((A,), (B,)), store=(1.0, 0.0), reuse=(-2.0, -3.0))
+
+
+def scored(score: Callable[[ReusePlan], float], budget: int | None = None) -> ScoreMany:
+    """What the search asks for scores; `budget` is how many it gives."""
+    left = itertools.count() if budget is None else iter(range(budget))
+
+    def score_many(plans: Sequence[ReusePlan], prompts: Sequence[int] | None) -> Iterator[float]:
+        for plan in plans:
+            if next(left, None) is None:
+                return
+            yield score(plan)
+
+    return score_many
 
 
 def test_latency_of_a_plan_counts_stores_and_reuses() -> None:
@@ -97,9 +110,9 @@ def test_layerwise_finds_the_best_plan_of_an_additive_world() -> None:
         state = np.stack([plan.mask[:, plan.sites.index(s)] for s in (A, B)], axis=1)
         return -10 * np.log10(((damage * state).sum() + 1e-9) / 255**2)
 
-    result = layerwise(lambda plan: plan, 5, [[A], [B]], score=score, latency=COSTS.latency, budget=0.85, steepest=True)
+    result = layerwise(scored(score), 5, [[A], [B]], latency=COSTS.latency, budget=0.85, steepest=True)
     assert COSTS.latency(result.plan) <= 0.85
-    lines = layerwise(lambda p: p, 5, [[A], [B]], score=score, latency=COSTS.latency, budget=0.85, order=1)
+    lines = layerwise(scored(score), 5, [[A], [B]], latency=COSTS.latency, budget=0.85, order=1)
     assert (lines.plan.order, COSTS.latency(lines.plan) <= 0.85) == (1, True)
     assert result.finished
     assert result.score >= result.start_score
@@ -109,7 +122,7 @@ def test_layerwise_finds_the_best_plan_of_an_additive_world() -> None:
         if best[a, g] and not best[b, g]:
             other = best.copy()
             other[a, g], other[b, g] = False, True
-            plan = grouped(other, [[A], [B]])
+            plan = ReusePlan(other, (A, B))
             if COSTS.latency(plan) <= 0.85:
                 swaps.append(score(plan))
     assert max(swaps, default=-np.inf) <= result.score
@@ -120,14 +133,14 @@ def test_step_wise_chooses_k_and_places_within_a_latency() -> None:
     value = np.array([0, 9, 1, 1, 9, 9])
     score = lambda plan: -float(plan.mask[:, 0] @ (10 - value))  # noqa: E731
     costs = Costs(10.0, ((A,),), store=(1.0,), reuse=(-4.0,))
-    result = step_wise(lambda plan: plan, 6, [A], latency=costs.latency, budget=0.85, score=score)
+    result = step_wise(scored(score), 6, [A], latency=costs.latency, budget=0.85)
     rows = [row for row in itertools.product((False, True), repeat=6) if not row[0]]
     plans = [ReusePlan.stepwise(row, [A]) for row in rows]
     assert result.score == max(score(plan) for plan in plans if costs.latency(plan) <= 0.85)
-    lines = step_wise(lambda plan: plan, 6, [A], latency=costs.latency, budget=0.85, score=score, order=1)
+    lines = step_wise(scored(score), 6, [A], latency=costs.latency, budget=0.85, order=1)
     assert (lines.plan.order, lines.score) == (1, result.score)
     with pytest.raises(PlanError, match=r"the fastest 0\.683"):
-        step_wise(lambda plan: plan, 6, [A], latency=costs.latency, budget=0.5, score=score)
+        step_wise(scored(score), 6, [A], latency=costs.latency, budget=0.5)
 
 
 def test_starts_are_those_that_fit_with_the_fewest_reuse_calls() -> None:
@@ -151,7 +164,7 @@ def test_step_wise_begins_at_the_even_plan_where_that_is_better() -> None:
     costs = Costs(10.0, ((A,),), store=(0.0,), reuse=(-4.0,))
     scores = {"...###": 1.0, ".#.#.#": 5.0}
     score = lambda plan: scores.get(plan.grid, 0.0)  # noqa: E731
-    result = step_wise(lambda plan: plan, 6, [A], latency=costs.latency, budget=0.8, score=score)
+    result = step_wise(scored(score), 6, [A], latency=costs.latency, budget=0.8)
     assert (str(result.plan), result.start_score) == (".#.#.#", 5.0)
 
 
@@ -163,9 +176,9 @@ def test_layerwise_is_never_worse_than_the_plans_it_may_begin_at() -> None:
         return 60.0 - first.sum() - 4 * second.sum() - 40 * (first.any() and second.any())
 
     budget = {"latency": COSTS.latency, "budget": 0.77}
-    alone = layerwise(lambda plan: plan, 5, [[A], [B]], score=score, **budget)
+    alone = layerwise(scored(score), 5, [[A], [B]], **budget)
     even = interval(5, [B], k=4)
-    better = layerwise(lambda plan: plan, 5, [[A], [B]], score=score, others=[even], **budget)
+    better = layerwise(scored(score), 5, [[A], [B]], others=[even], **budget)
     assert COSTS.latency(even) <= 0.77
     assert alone.score < 20
     assert (better.score, better.start_score) == (score(even), score(even)) == (44.0, 44.0)
@@ -175,10 +188,10 @@ def test_layerwise_is_never_worse_than_the_plans_it_may_begin_at() -> None:
 def test_layerwise_begins_elsewhere_where_greedy_gets_stuck() -> None:
     """Storing is so dear that no three reuse calls pay for it, as five do."""
     costs = Costs(10.0, ((A,),), store=(7.0,), reuse=(-2.0,))
-    within = {"latency": costs.latency, "budget": 0.96, "score": lambda plan: 0.0}
+    within, nothing = {"latency": costs.latency, "budget": 0.96}, scored(lambda plan: 0.0)
     with pytest.raises(PlanError, match=r"no plan found takes 0\.96"):
-        layerwise(lambda plan: plan, 6, [[A]], **within)
-    result = layerwise(lambda plan: plan, 6, [[A]], others=[hurry(6, [A], k=5)], **within)
+        layerwise(nothing, 6, [[A]], **within)
+    result = layerwise(nothing, 6, [[A]], others=[hurry(6, [A], k=5)], **within)
     assert result.plan == hurry(6, [A], k=5)
 
 
@@ -187,16 +200,32 @@ def test_a_step_wise_plan_takes_all_of_attention_and_one_deep_site() -> None:
     assert alike_in([[DEEP], [A], [inner], [B]]) == {"map": (A, B), "deep": (DEEP,)}
 
 
+def test_sensitivities_are_the_squared_errors_of_single_reuses() -> None:
+    """A PSNR of 20 dB is a squared error of 255^2 / 100, and 10 dB more are a tenth of that."""
+    score = {".#../....": 20.0, "..#./....": 30.0, "...#/....": 40.0, "..../.#..": 20.0, "..../..#.": 10.0}
+
+    def drawn(plan: ReusePlan) -> str:
+        return "/".join("".join(".#"[int(cell)] for cell in plan.mask[:, plan.sites.index(site)]) for site in (A, B))
+
+    damage = sensitivity(scored(lambda plan: score.get(drawn(plan), 50.0)), 4, [[A], [B]])
+    assert np.isinf(damage[0]).all()
+    np.testing.assert_allclose(damage[1:] / 255**2, [[0.01, 0.01], [0.001, 0.1], [0.0001, 0.00001]])
+
+
 def test_sensitivities_need_the_whole_budget() -> None:
-    left = iter([True] * 3)
-    tries = Tries(
-        lambda state: grouped(state, [[A]]),
-        lambda plan: plan,
-        lambda plan: 20.0,
-        Journal(),
-        lambda: next(left, False),
-        lambda plan, value, best: None,
-        Ranks(),
-    )
-    with pytest.raises(PlanError, match="ended after 3 of 4"):
-        sensitivity(tries, 5, 1)
+    with pytest.raises(BudgetSpent, match="ended after 3 of 4"):
+        sensitivity(scored(lambda plan: 20.0, budget=3), 5, [[A]])
+
+
+def test_step_wise_gives_what_it_has_when_the_budget_ends_between_two_searches() -> None:
+    costs = Costs(10.0, ((A,),), store=(1.0,), reuse=(-4.0,))
+    within = {"latency": costs.latency, "budget": 0.85}
+    count = itertools.count()
+    value = lambda plan: float(next(count) == 0)  # the first start is the best of all  # noqa: E731
+    whole = step_wise(scored(lambda plan: 0.0), 6, [A], **within)
+    assert whole.finished
+    # Two starts with three reuse calls, then the 4 moves of the first that are fast enough; nothing is left for more.
+    cut = step_wise(scored(value, budget=6), 6, [A], **within)
+    assert (str(cut.plan), cut.score, cut.finished) == ("...###", 1.0, False)
+    with pytest.raises(BudgetSpent, match="does not even cover the start"):
+        step_wise(scored(value, budget=0), 6, [A], **within)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from minireuse.common.journal import Journal
 from minireuse.common.metrics import psnr
 from minireuse.plan import PlanError, ReusePlan, Site
 from minireuse.policies import early, hurry, interval, select, tgate
-from minireuse.search.phast import search
-from minireuse.search.render import Renderer, refill
+from minireuse.search import Renderer, improve, search
+from minireuse.search.render import refill
 
 A = Site("x.attn1", "map")
 WEIGHTS = np.array([0, 5, 1, 4, 2, 9, 3, 8])
@@ -104,6 +105,25 @@ def test_search_tries_only_what_is_allowed() -> None:
     )
     assert str(result.plan) == "...#.#.#"  # the largest weights but that of call 1: 4, 9, 8
     assert all(grid[1] == "." for grid, _ in result.tried)
+
+
+def test_the_algorithm_asks_one_callable_and_no_more_than_it_needs() -> None:
+    """Scores may come lazily, and may end early; of prompts the algorithm wants all."""
+    asked: list[str] = []
+
+    def score_many(plans: Sequence[ReusePlan], prompts: Sequence[int] | None) -> Iterator[float]:
+        assert prompts is None
+        for plan in plans:
+            if len(asked) == 5:
+                return  # the budget is spent
+            asked.append(str(plan))
+            yield total(plan)
+
+    first = improve(score_many, hurry(8, [A], k=1), [A], k=1, steepest=False)
+    # The start at call 7 has weight 8; call 6 has 3; call 5 has 9, which improves, so no other move is scored then.
+    assert asked == [".......#", "......#.", ".....#..", "......#.", "....#..."]
+    assert (str(first.plan), first.score, first.start_score, first.finished) == (".....#..", 9.0, 8.0, False)
+    assert first.tried == ((".......#", 8.0), ("......#.", 3.0), (".....#..", 9.0), ("....#...", 2.0))
 
 
 class Killed(Exception):
@@ -221,6 +241,18 @@ def test_shared_beginnings_change_no_bit(pipeline: minireuse.Pipeline, sampler: 
     assert render.calls == made  # the last plan was known from end to end
     assert render.naive_calls == len(plans) * calls
     assert render.calls < 0.9 * render.naive_calls
+
+
+def test_some_of_the_prompts_are_rendered_as_if_there_were_no_others(pipeline: minireuse.Pipeline) -> None:
+    prompts, seeds, plan = ["a red circle", "a star", "a ring"], [3, 4, 5], hurry(4, select(pipeline.sites), k=2)
+    render = Renderer(pipeline, prompts, seeds, steps=4)
+    whole = render(plan)
+    part = render(plan, [2, 0])
+    assert np.array_equal(part, pipeline.generate(["a ring", "a red circle"], seeds=[5, 3], steps=4, plan=plan).images)
+    assert render.calls == 8  # whole batches and parts of them share nothing, so that each stays exact
+    assert np.array_equal(render(plan, [2, 0]), part)
+    assert np.array_equal(render(plan), whole)
+    assert render.calls == 8
 
 
 def test_psnr_against_the_definition() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
+from itertools import pairwise
 from pathlib import Path
 
 from minireuse.pipeline import Pipeline, load
-from minireuse.schedule import PREDICTION_TYPES
+from minireuse.schedule import PREDICTION_TYPES, SPACINGS
 
 DTYPES = ("float32", "float16", "bfloat16")
 CACHE_DTYPES = (*DTYPES, "uint8")
@@ -26,23 +28,59 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
 
 
+def add_grid_options(parser: argparse._ActionsContainer) -> None:
+    """At which timesteps the model is called; `grid` reads them."""
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--spacing", choices=SPACINGS, help="of the timesteps; default: the model's own")
+    parser.add_argument("--timesteps", metavar="T,T,...", help="the timesteps themselves, falling, instead of --steps")
+
+
+def grid(args: argparse.Namespace) -> int | tuple[float, ...]:
+    """The number of steps, or the timesteps, that `add_grid_options` was given. Raises: ValueError."""
+    if args.timesteps is None:
+        return int(args.steps)
+    if args.steps != 20 or args.spacing is not None:
+        raise ValueError("--timesteps says where all steps are; leave out --steps and --spacing")
+    return parse_timesteps(args.timesteps)
+
+
+def spacing_of(steps: int | tuple[float, ...], pipeline: Pipeline) -> str:
+    """How the timesteps of a run are spaced, in a word: "listed" where they were given one by one."""
+    return pipeline.schedule.spacing if isinstance(steps, int) else "listed"
+
+
+def parse_timesteps(text: str) -> tuple[float, ...]:
+    """Timesteps, as in 999,850,736.5. Raises: ValueError for what is none, or does not fall."""
+    try:
+        timesteps = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--timesteps is {text!r}, expected numbers such as 999,749,499,249") from None
+    if not all(a > b for a, b in pairwise((*timesteps, -1e-9))) or not all(map(math.isfinite, timesteps)):
+        raise ValueError(f"--timesteps is {text!r}, expected numbers that fall, down to 0 or more")
+    return tuple(int(t) if t == int(t) else t for t in timesteps)
+
+
 def add_guidance_option(parser: argparse._ActionsContainer) -> None:
-    """How far to follow the prompt; `load_model` fills in the model's own."""
-    told = "1 is off; default: the model's own, 7.5 where it does not tell"
-    parser.add_argument("--guidance-scale", type=float, metavar="G", help=told)
+    """How far to follow the prompt; `guidance_scale` says what a model makes of it."""
+    help = "1 is off; default: the model's own, 7.5 where it does not tell"
+    parser.add_argument("--guidance-scale", type=float, metavar="G", help=help)
+
+
+def guidance_scale(args: argparse.Namespace, pipeline: Pipeline) -> float:
+    """The guidance scale that `add_guidance_option` was given, or the model's own."""
+    return pipeline.guidance_scale if args.guidance_scale is None else float(args.guidance_scale)
 
 
 def load_model(args: argparse.Namespace, device: str | None = None) -> Pipeline:
     """The model that `add_model_options` names; device: another one than asked for. Raises: ValueError."""
-    pipeline = load(
+    return load(
         args.model,
         device=device or args.device,
         dtype=args.dtype,
         prediction_type=args.prediction_type,
+        spacing=args.spacing,
         tokenizer=args.tokenizer,
     )
-    args.guidance_scale = pipeline.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    return pipeline
 
 
 def parse_bytes(text: str) -> int:

@@ -23,7 +23,15 @@ from tqdm import tqdm
 from minireuse.cache import ReuseCache
 from minireuse.common.journal import Journal
 from minireuse.common.metrics import fidelity, ssim
-from minireuse.common.options import add_guidance_option, add_model_options, load_model
+from minireuse.common.options import (
+    add_grid_options,
+    add_guidance_option,
+    add_model_options,
+    grid,
+    guidance_scale,
+    load_model,
+    spacing_of,
+)
 from minireuse.common.ranks import Ranks, shared_status
 from minireuse.common.status import command_line
 from minireuse.evaluate.distribution import EXTRACTORS, Follow, prompt_check, score_all
@@ -47,7 +55,7 @@ class Row:
     """One way to sample: a policy, or the plain sampler with fewer steps."""
 
     name: str
-    steps: int
+    steps: int | tuple[float, ...]
     plan: ReusePlan
     note: str = ""  # what the policy had to say: that it took another plan than asked for
 
@@ -61,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     names = "names with knobs, plan files, joined by |, and steps:N for the plain sampler with fewer steps"
     p.add_argument("--policies", nargs="+", metavar="POLICY", help=names)
     p.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
-    p.add_argument("--steps", type=int, default=20)
+    add_grid_options(p)
     p.add_argument("--reuse", type=int, metavar="K", help="calls that reuse, where a policy is not told; default: half")
     add_guidance_option(p)
     p.add_argument("--prompts-file", type=Path, help="one per line; default: the shipped model's evaluation prompts")
@@ -85,12 +93,14 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     args = parser().parse_args(argv)
-    args.command = command_line("minireuse.evaluate", argv)
-    return shared_status(lambda ranks: run(args, ranks))
+    return shared_status(lambda ranks: run(args, ranks, command_line("minireuse.evaluate", argv)))
 
 
-def run(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Evaluate and write the report. Raises: ValueError, OSError for bad input."""
+def run(args: argparse.Namespace, ranks: Ranks, command: str) -> None:
+    """Evaluate and write the report. Raises: ValueError, OSError for bad input.
+
+    command: what was typed, for the report.
+    """
     for name in ("prompts", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 1 or more")
@@ -99,12 +109,13 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     begun = (args.out / "journal.jsonl").exists()
     if (args.out / "results.json").exists() or (not begun and args.out.is_dir() and any(args.out.iterdir())):
         raise ValueError(f"{args.out} holds results or other files already; remove them, or name another folder")
-    if args.policies is None:
-        args.policies = [*DEFAULT, *dict.fromkeys(f"steps:{max(1, round(args.steps * f))}" for f in FEWER)]
+    count = grid(args) if isinstance(grid(args), int) else len(grid(args))
+    fewer = dict.fromkeys(f"steps:{max(1, round(count * f))}" for f in FEWER)
+    policies = [*DEFAULT, *fewer] if args.policies is None else args.policies
     prompts = read_prompts(args.prompts_file, args.model, "evaluation", args.prompts, "--prompts")
     follow = prompt_check(args.check, shipped=args.model is None)
     pipeline = load_model(args, ranks.device(args.device))
-    rows = make_rows(args, pipeline)
+    rows = make_rows(args, pipeline, policies)
     if args.against not in {row.name for row in rows}:
         raise ValueError(f"--against is {args.against!r}, expected one of {', '.join(row.name for row in rows)}")
     settings = describe(args, pipeline, prompts, rows)
@@ -114,7 +125,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     # Time first, by one process alone: which plain sampler takes equally long decides what is rendered.
     timings = ranks.gather(measure(args, pipeline, rows, prompts[0], journal) if ranks.first else None)[0]
     twins = {kernel: equals(rows, timings, kernel) for kernel in KERNELS} if args.equal_latency else {}
-    wanted = {FULL, args.against, *args.policies, *(twin for pairs in twins.values() for twin in pairs.values())}
+    wanted = {FULL, args.against, *policies, *(twin for pairs in twins.values() for twin in pairs.values())}
     rendered = [row for row in rows if row.name in wanted]
     scores = judge(args, pipeline, rendered, prompts, follow, journal, ranks)
     if ranks.first:
@@ -122,7 +133,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         sets, notes = score_all(pictures, prompts, pipeline.vae, args.fid, args.clip_score)
         results = {
             "settings": settings,
-            "command": args.command,
+            "command": command,
             "versions": f"torch {torch.__version__}, python {platform.python_version()}, "
             f"{pipeline.device}, {torch.get_num_threads()} threads",
             "rows": {
@@ -145,13 +156,16 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         print(text, *notes, sep="\n")
 
 
-def make_rows(args: argparse.Namespace, pipeline: Pipeline) -> list[Row]:
-    """The full sampler, what --policies names and, for --equal-latency, the plain sampler with every step count."""
-    calls = pipeline.calls(args.sampler, args.steps)
-    policies = policies_for("|".join(args.policies), args.model, args.sampler, lambda: pipeline.fingerprint)
-    rows = {FULL: Row(FULL, args.steps, ReusePlan.nothing(calls))}
-    fewer = [f"steps:{n}" for n in range(2, args.steps)] if args.equal_latency else []
-    for text in dict.fromkeys([*args.policies, *fewer]):
+def make_rows(args: argparse.Namespace, pipeline: Pipeline, names: Sequence[str]) -> list[Row]:
+    """The full sampler, the policies named and, for --equal-latency, the plain sampler with every step count."""
+    steps = grid(args)
+    calls, count = pipeline.calls(args.sampler, steps), steps if isinstance(steps, int) else len(steps)
+    policies = policies_for(
+        "|".join(names), args.model, args.sampler, lambda: pipeline.fingerprint, spacing_of(steps, pipeline)
+    )
+    rows = {FULL: Row(FULL, steps, ReusePlan.nothing(calls))}
+    fewer = [f"steps:{n}" for n in range(2, count)] if args.equal_latency else []
+    for text in dict.fromkeys([*names, *fewer]):
         kind, _, number = text.partition(":")
         if kind == "steps":
             if not number.isdigit() or not int(number) > 0:
@@ -163,7 +177,7 @@ def make_rows(args: argparse.Namespace, pipeline: Pipeline) -> list[Row]:
                 warnings.simplefilter("always")
                 plan = build(text, calls, pipeline.sites, k=k, policies=policies).on(pipeline.sites)
             plan.check_calls(calls, args.sampler)
-            rows[text] = Row(text, args.steps, plan, "; ".join(str(w.message) for w in said))
+            rows[text] = Row(text, steps, plan, "; ".join(str(w.message) for w in said))
     return list(rows.values())
 
 
@@ -291,7 +305,7 @@ def judge_batch(
         steps: Renderer(pipeline, prompts, seeds, sampler=args.sampler, steps=steps, guidance_scale=args.guidance_scale)
         for steps in {row.steps for row in rows}
     }
-    reference = renderers[args.steps](next(row.plan for row in rows if row.name == FULL))
+    reference = renderers[grid(args)](next(row.plan for row in rows if row.name == FULL))
     found = {}
     for row in rows:
         images = renderers[row.steps](row.plan)
@@ -323,9 +337,9 @@ def describe(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], r
         "model": pipeline.fingerprint,
         "prediction_type": pipeline.schedule.prediction_type,
         "sampler": args.sampler,
-        "steps": args.steps,
-        "spacing": pipeline.schedule.spacing,
-        "guidance_scale": args.guidance_scale,
+        "steps": grid(args),
+        "spacing": spacing_of(grid(args), pipeline),
+        "guidance_scale": guidance_scale(args, pipeline),
         "policies": {r.name: hashlib.sha256(r.plan.to_json().encode()).hexdigest()[:12] for r in rows},
         "check": str(args.check),
         "equal_latency": args.equal_latency,

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from minireuse.attention import Watch
 from minireuse.cache import ReuseCache
-from minireuse.common.options import mebibytes, parse_bytes
+from minireuse.common.options import mebibytes, parse_bytes, spacing_of
 from minireuse.common.status import exit_status
 from minireuse.files import write_whole
 from minireuse.pipeline import Pipeline, Result, load
@@ -122,7 +122,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "plan": plan.grid,
         "policy": settings.policy,
         "sampler": settings.sampler,
-        "steps": settings.steps,
+        "steps": settings.steps if isinstance(settings.steps, int) else len(settings.steps),
+        "timesteps": pipeline.timesteps(settings.steps, strength),
         "seeds": list(dict.fromkeys(settings.jobs[i][1] for i in settings.wanted)),
         "model": settings.model_name,
     }
@@ -135,6 +136,7 @@ def load_pipeline(settings: Settings, device: str | None) -> Pipeline:
         device=device or settings.device,
         dtype=settings.dtype,
         prediction_type=settings.prediction_type,
+        spacing=settings.spacing,
         tokenizer=settings.tokenizer,
     )
 
@@ -143,7 +145,13 @@ def make_plan(settings: Settings, pipeline: Pipeline, calls: int) -> ReusePlan:
     """The plan that the policy makes, or the one of the PNG that is made again."""
     if settings.recipe is not None:
         return settings.recipe.plan_over(pipeline.sites)
-    policies = policies_for(settings.policy, settings.model, settings.sampler, lambda: pipeline.fingerprint)
+    policies = policies_for(
+        settings.policy,
+        settings.model,
+        settings.sampler,
+        lambda: pipeline.fingerprint,
+        spacing_of(settings.steps, pipeline),
+    )
     return build(
         settings.policy,
         calls,
@@ -171,6 +179,7 @@ def paint(
         steps=settings.steps,
         sampler=settings.sampler,
         guidance_scale=settings.guidance_scale,
+        guidance_rescale=settings.guidance_rescale,
         seeds=[seed for _, seed in batch],
         height=settings.height,
         width=settings.width,
@@ -195,6 +204,8 @@ def make_recipe(settings: Settings, pipeline: Pipeline, plan: ReusePlan, watched
         negative_prompt=settings.negative_prompt,
         sampler=settings.sampler,
         steps=settings.steps,
+        spacing=pipeline.schedule.spacing,
+        guidance_rescale=settings.guidance_rescale,
         guidance_scale=pipeline.guidance_scale if settings.guidance_scale is None else settings.guidance_scale,
         eta=settings.eta,
         height=factor * height,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from minireuse.common.options import CACHE_DTYPES, add_guidance_option, add_model_options
+from minireuse.common.options import CACHE_DTYPES, add_grid_options, add_guidance_option, add_model_options
 from minireuse.pipeline import ATTENTIONS
 from minireuse.plan import KINDS
 from minireuse.policies import POLICIES
@@ -39,8 +39,10 @@ def sample_parser() -> argparse.ArgumentParser:
     what.add_argument("--strength", type=float, default=0.8, help="how far to leave the initial image, 0 to 1")
     how = p.add_argument_group("how to sample")
     how.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
-    how.add_argument("--steps", type=int, default=20)
+    add_grid_options(how)
     add_guidance_option(how)
+    rescale = "how much of the contrast that guidance adds is taken back, 0 to 1"
+    how.add_argument("--guidance-rescale", type=float, default=0.0, metavar="R", help=rescale)
     how.add_argument("--eta", type=float, default=0.0, help="noise added by ddim, 0 none to 1")
     how.add_argument("--attention", choices=ATTENTIONS, default="fused", help="kernel of calls that keep no map")
     compile_help = "torch.compile the U-Net: slow at first, faster after that"

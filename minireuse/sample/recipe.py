@@ -17,17 +17,24 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from minireuse.common.options import parse_timesteps
 from minireuse.files import parse_json, shown
 from minireuse.plan import PlanError, ReusePlan, Site
 
 T = TypeVar("T")
 SHIPPED = "shipped"  # the name of the model that comes with the package
 FLAG = {"False": False, "True": True}
+
+
+def _steps(text: str) -> int | tuple[float, ...]:
+    return parse_timesteps(text) if "," in text or "." in text else int(text)
+
+
 # The fields of a recipe whose text is that of the value itself.
 PLAIN: dict[str, Callable[[str], Any]] = {
     "negative_prompt": str,
     "sampler": str,
-    "steps": int,
+    "steps": _steps,
     "guidance_scale": float,
     "eta": float,
     "strength": float,
@@ -45,6 +52,9 @@ PLAIN: dict[str, Callable[[str], Any]] = {
 }
 
 
+NEWER: dict[str, Callable[[str], Any]] = {"spacing": str, "guidance_rescale": float}  # not in files of version 0.1
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that a picture's pixels depend on, beside the machine and its libraries.
@@ -59,7 +69,7 @@ class Recipe:
     place: int
     negative_prompt: str
     sampler: str
-    steps: int
+    steps: int | tuple[float, ...]
     guidance_scale: float
     eta: float
     height: int
@@ -77,6 +87,8 @@ class Recipe:
     fingerprint: str
     prediction_type: str
     watched: str
+    spacing: str = ""  # of the timesteps; empty in files of version 0.1, which have the model's own
+    guidance_rescale: float = 0.0
 
     def chunks(self) -> dict[str, str]:
         """The text of a PNG."""
@@ -84,7 +96,8 @@ class Recipe:
         return {
             "prompt": prompt,
             "seed": str(seed),
-            **{name: str(getattr(self, name)) for name in PLAIN},
+            **{name: str(getattr(self, name)) for name in (*PLAIN, *NEWER)},
+            "steps": str(self.steps) if isinstance(self.steps, int) else ",".join(map(str, self.steps)),
             "size": f"{self.width}x{self.height}",
             "init_image": json.dumps(self.init_image),
             "batch": json.dumps({"place": self.place, "jobs": self.jobs}),
@@ -129,6 +142,7 @@ class Recipe:
         place, jobs = get("batch", batch)
         width, height = get("size", _size)
         plain: dict[str, Any] = {name: get(name, kind) for name, kind in PLAIN.items()}
+        plain |= {name: get(name, kind) for name, kind in NEWER.items() if name in chunks}
         return cls(
             jobs=jobs,
             place=place,

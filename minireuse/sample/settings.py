@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from minireuse.common.options import CACHE_DTYPES
+from minireuse.common.options import CACHE_DTYPES, grid
 from minireuse.devices import is_available
 from minireuse.files import read_lines
 from minireuse.pipeline import ATTENTIONS
@@ -29,6 +29,7 @@ class Settings:
     """Everything that decides what is painted.
 
     jobs: prompts and seeds. wanted: the numbers of the jobs whose pictures are written.
+    steps: how many, or the timesteps themselves. spacing: of them; None is the model's own.
     guidance_scale: None is the model's own. height, width: None is what the model was trained at.
     reuse: the number of calls that reuse; None is the policy's own. sites, kind: what reuses, and whose maps are saved.
     recipe: what a PNG says it was made from, where one is made again.
@@ -39,8 +40,10 @@ class Settings:
     batch_size: int
     negative_prompt: str
     sampler: str
-    steps: int
+    steps: int | tuple[float, ...]
+    spacing: str | None
     guidance_scale: float | None
+    guidance_rescale: float
     eta: float
     height: int | None
     width: int | None
@@ -98,8 +101,10 @@ def _asked(args: argparse.Namespace) -> Settings:
         batch_size=args.batch_size,
         negative_prompt=args.negative_prompt,
         sampler=args.sampler,
-        steps=args.steps,
+        steps=grid(args),
+        spacing=args.spacing,
         guidance_scale=args.guidance_scale,
+        guidance_rescale=args.guidance_rescale,
         eta=args.eta,
         height=args.height,
         width=args.width,
@@ -147,7 +152,9 @@ def _made_again(args: argparse.Namespace) -> Settings:
         negative_prompt=recipe.negative_prompt,
         sampler=recipe.sampler,
         steps=recipe.steps,
+        spacing=recipe.spacing or None,
         guidance_scale=recipe.guidance_scale,
+        guidance_rescale=recipe.guidance_rescale,
         eta=recipe.eta,
         height=recipe.height,
         width=recipe.width,

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from minireuse.search.budget import groups_of, layerwise, starts, step_wise
 from minireuse.search.language import build, names_in, policies_for, takes_count, takes_sites
-from minireuse.search.phast import SearchResult, search
+from minireuse.search.phast import ScoreMany, SearchResult, improve
 from minireuse.search.plan_files import plans_of, read_plan, read_searched
+from minireuse.search.scoring import Scoring, search
 
 if TYPE_CHECKING:
     from minireuse.search.costs import Costs, measure, measured_latency
@@ -16,9 +17,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Costs",
     "Renderer",
+    "ScoreMany",
+    "Scoring",
     "SearchResult",
     "build",
     "groups_of",
+    "improve",
     "layerwise",
     "measure",
     "measured_latency",

@@ -11,38 +11,33 @@ import heapq
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
 
 import numpy as np
 
-from minireuse.common.journal import Journal
-from minireuse.common.ranks import ALONE, Ranks
 from minireuse.plan import KINDS, PlanError, ReusePlan, Site
 from minireuse.policies import hurry, interval
-from minireuse.search.phast import SearchResult, Tries, grouped, search
+from minireuse.search.phast import BudgetSpent, ScoreMany, SearchResult, grouped, improve
 
 COUNTS = 3  # numbers of reuse calls that are searched for a latency
 LONGEST = 3  # calls in a row that are added together: reuse may only pay once several share what one of them stored
 
 
 def step_wise(
-    render: Callable[[ReusePlan], Any],
+    score_many: ScoreMany,
     calls: int,
     sites: Iterable[Site],
     *,
     latency: Callable[[ReusePlan], float],
     budget: float,
     order: int = 0,
-    more: Callable[[], bool] = lambda: True,
-    ranks: Ranks = ALONE,
-    **options: Any,
+    steepest: bool = True,
 ) -> SearchResult:
     """The best step-wise plan of at most `budget` latency, for the smallest number of reuse calls that can meet it and
     a few more: storing costs time, so a plan that reuses more may store more often. Each search begins at the better of
     HURRY and the even plan.
 
-    latency: of a plan, as a fraction of the full sampler's. order: of the plans. The rest is `phast.search`'s.
-    Raises: PlanError where even reusing in every call but the first is too slow.
+    latency: of a plan, as a fraction of the full sampler's. order: of the plans. The rest is as in `improve`.
+    Raises: PlanError where even reusing in every call but the first is too slow; BudgetSpent where no start was scored.
     """
     sites = tuple(sites)
     fitting = starts(calls, sites, latency=latency, budget=budget, order=order)
@@ -51,15 +46,20 @@ def step_wise(
         raise PlanError(
             f"no plan over these sites takes {budget} of the full sampler's time; the fastest {fastest:.3f}"
         )
+    allowed = lambda plan: latency(plan) <= budget  # noqa: E731
     results: list[SearchResult] = []
     for plans in fitting:
-        if results and not (results[-1].finished and all(ranks.gather(more()))):
-            break
-        allowed = lambda plan: latency(plan) <= budget  # noqa: E731
         plan, *others = plans.values()
-        within: dict[str, Any] = {"k": plan.reused, "others": others, "allowed": allowed, "more": more}
-        results.append(search(render, plan, sites, ranks=ranks, **within, **options))
-    finished = len(results) == len(fitting) and all(result.finished for result in results)
+        try:
+            result = improve(score_many, plan, sites, k=plan.reused, others=others, allowed=allowed, steepest=steepest)
+        except BudgetSpent:
+            if not results:
+                raise
+            break
+        results.append(result)
+        if not result.finished:
+            break
+    finished = len(results) == len(fitting) and results[-1].finished
     return replace(max(results, key=lambda result: result.score), finished=finished)
 
 
@@ -108,72 +108,62 @@ def _level(address: str, levels: int) -> int:
 
 
 def layerwise(
-    render: Callable[[ReusePlan], Any],
+    score_many: ScoreMany,
     calls: int,
     groups: Sequence[Sequence[Site]],
     *,
-    score: Callable[[Any], float],
     latency: Callable[[ReusePlan], float],
     budget: float,
     order: int = 0,
     others: Sequence[ReusePlan] = (),
-    journal: Journal | None = None,
     steepest: bool = False,
-    more: Callable[[], bool] = lambda: True,
-    on_try: Callable[[ReusePlan, float, float], object] = lambda plan, value, best: None,
-    ranks: Ranks = ALONE,
 ) -> SearchResult:
     """A plan of at most `budget` latency: sensitivities, then greedily by damage per time saved, then swaps.
 
-    score: mean PSNR in dB, of which the damage (mean squared error) is computed. latency: of a plan, as a fraction of
-    the full sampler's. order: of the plan. others: plans within the budget to begin at where one of them is better than
-    the greedy one, which adds up damages as if they did not touch each other. The rest is `phast.search`'s.
+    score_many: mean PSNR in dB, of which the damage (mean squared error) is computed. latency: of a plan, as a fraction
+    of the full sampler's. order: of the plan. others: plans within the budget to begin at where one of them is better
+    than the greedy one, which adds up damages as if they did not touch each other. The rest is as in `improve`.
 
-    Raises: PlanError where the search budget ends before the sensitivities are known, or no plan is fast enough.
+    Raises: BudgetSpent where the search budget ends before the sensitivities are known; PlanError where no plan is
+    fast enough.
     """
-    journal = Journal() if journal is None else journal
     made = lambda state: grouped(state, groups, order=order)  # noqa: E731
-    damage = sensitivity(Tries(made, render, score, journal, more, on_try, ranks), calls, len(groups))
+    damage = sensitivity(score_many, calls, groups, order)
     plans = list(others)
     try:
         plans.insert(0, made(greedy(damage, lambda state: latency(made(state)), budget)))
     except PlanError:
         if not plans:
             raise
-    return search(
-        render,
+    return improve(
+        score_many,
         plans[0],
         tuple(chain(*groups)),
         k=None,
-        score=score,
         others=plans[1:],
         groups=groups,
         allowed=lambda plan: latency(plan) <= budget,
-        journal=journal,
         steepest=steepest,
-        more=more,
-        on_try=on_try,
-        ranks=ranks,
     )
 
 
-def sensitivity(tries: Tries, calls: int, groups: int) -> np.ndarray:
-    """Squared error (pixels 0 to 255) of one group reusing in one call, as the mean PSNR over prompts tells it.
+def sensitivity(score_many: ScoreMany, calls: int, groups: Sequence[Sequence[Site]], order: int = 0) -> np.ndarray:
+    """Squared error (pixels 0 to 255) of one group reusing in one call, computed from the mean PSNR over prompts.
 
-    Shapes: -> (calls, groups), infinite in call 0. Raises: PlanError where the search budget ends before.
+    Shapes: -> (calls, groups), infinite in call 0. Raises: BudgetSpent where the search budget ends before.
     """
-    cells = [(call, g) for g in range(groups) for call in range(1, calls)]
-    states = []
+    cells = [(call, g) for g in range(len(groups)) for call in range(1, calls)]
+    plans = []
     for cell in cells:
-        state = np.zeros((calls, groups), dtype=bool)
+        state = np.zeros((calls, len(groups)), dtype=bool)
         state[cell] = True
-        states.append(state)
-    damage = np.full((calls, groups), np.inf)
-    values = [value for _, value in tries(states)]
-    if len(values) < len(states):
-        raise PlanError(
-            f"the search budget ended after {len(values)} of {len(states)} sensitivities; give a larger one"
+        plans.append(grouped(state, groups, order=order))
+    values = list(score_many(plans, None))
+    if len(values) < len(plans):
+        raise BudgetSpent(
+            f"the search budget ended after {len(values)} of {len(plans)} sensitivities; give a larger one"
         )
+    damage = np.full((calls, len(groups)), np.inf)
     for cell, value in zip(cells, values, strict=True):
         damage[cell] = 255**2 * 10 ** (-value / 10)
     return damage

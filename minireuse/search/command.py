@@ -5,21 +5,32 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import platform
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from minireuse.common.journal import Journal
 from minireuse.common.metrics import fidelity
-from minireuse.common.options import add_guidance_option, add_model_options, load_model
+from minireuse.common.options import (
+    add_grid_options,
+    add_guidance_option,
+    add_model_options,
+    grid,
+    guidance_scale,
+    load_model,
+    spacing_of,
+)
 from minireuse.common.ranks import Ranks, shared_status
 from minireuse.common.status import command_line
 from minireuse.files import read_prompts, write_whole
@@ -27,11 +38,12 @@ from minireuse.pipeline import Pipeline
 from minireuse.plan import KINDS, ORDERS, ReusePlan, Site
 from minireuse.policies import POLICIES, hurry, select
 from minireuse.samplers import SAMPLERS
-from minireuse.search import phast
 from minireuse.search.budget import alike_in, groups_of, layerwise, starts, step_wise
 from minireuse.search.costs import Costs, measure, measured_latency
+from minireuse.search.phast import ScoreMany, SearchResult, improve
 from minireuse.search.plan_files import read_plan
 from minireuse.search.render import Renderer
+from minireuse.search.scoring import Scoring
 
 STARTS = ("hurry", "interval", "early")
 LEAST = 0.01  # of a plain call: groups that save less are not worth searching
@@ -43,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         description="Search which U-Net calls should reuse (PHAST), scored by PSNR to the full sampler's images.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("--steps", type=int, default=20)
+    add_grid_options(p)
     p.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
     p.add_argument("--reuse", type=int, nargs="+", metavar="K", help="calls that reuse; default: half of them")
     p.add_argument(
@@ -71,8 +83,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     args = parser().parse_args(argv)
-    args.command = command_line("minireuse.search", argv)
-    return shared_status(lambda ranks: run(args, ranks))
+    return shared_status(lambda ranks: run(args, ranks, command_line("minireuse.search", argv)))
 
 
 @dataclass(frozen=True)
@@ -96,23 +107,22 @@ class Job:
         return about.get("finished") is True and about.items() >= json.loads(json.dumps(settings)).items()
 
 
-def run(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Search the plans that the arguments ask for. Raises: ValueError, OSError for bad input."""
+@dataclass(frozen=True)
+class Approach:
+    """How a job is searched."""
+
+    find: Callable[[ScoreMany], SearchResult]
+    groups: Sequence[Sequence[Site]]  # of sites that reuse together; the journal's names of plans go by them
+    rivals: dict[str, ReusePlan]  # to score on unseen prompts beside what is found
+
+
+def run(args: argparse.Namespace, ranks: Ranks, command: str) -> None:
+    """Search the plans that the arguments ask for. Raises: ValueError, OSError for bad input.
+
+    command: what was typed, for the plan files.
+    """
     more = parse_budget(args.budget)
-    latency = args.budget_latency
-    for name, least in (("prompts", 1), ("check", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} is {getattr(args, name)}, expected {least} or more")
-    if args.layerwise and latency is None:
-        raise ValueError("--layerwise chooses what fits a time; give --budget-latency, such as 0.7")
-    if args.layerwise and args.branch:
-        raise ValueError("--layerwise searches all branches; leave out --branch")
-    if latency is not None and not 0 < latency < 1:
-        raise ValueError(f"--budget-latency is {latency}, expected a fraction of the full sampler's time, such as 0.7")
-    if latency is not None and args.reuse:
-        raise ValueError("--budget-latency chooses how many calls reuse; give it or --reuse, not both")
-    if latency is not None and args.start != "hurry":
-        raise ValueError(f"--start {args.start} goes with --reuse; with --budget-latency a search finds its own start")
+    check_options(args)
     prompts = read_prompts(
         args.prompts_file, args.model, "calibration", args.prompts + args.check, "--prompts or --check"
     )
@@ -125,8 +135,12 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     began = time.monotonic()
     calibration, unseen = prompts[: args.prompts], prompts[args.prompts :]
     render = make_renderer(args, pipeline, calibration, args.seed)
-    reference = render(ReusePlan.nothing(pipeline.calls(args.sampler, args.steps)))
+    calls = pipeline.calls(args.sampler, grid(args))
+    reference = render(ReusePlan.nothing(calls))
     common = describe(args, pipeline, calibration)
+
+    def score(images: np.ndarray, chosen: Sequence[int] | None = None) -> float:
+        return float(fidelity(images, reference if chosen is None else reference[list(chosen)]).mean())
 
     def left() -> bool:  # other processes make about as many calls as this one
         return bool(more(render.calls * ranks.size, time.monotonic() - began))
@@ -142,59 +156,100 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         job.out.parent.mkdir(parents=True, exist_ok=True)
         journal = Journal(job.journal, settings) if ranks.first else Journal()
         costs = None if job.k is not None else known_costs(journal, pipeline, job.groups, args.order, ranks)
-        find, rivals = approach(args, job, costs, pipeline.calls(args.sampler, args.steps))
+        way = approach(args, job, costs, calls)
         before = render.calls, render.naive_calls
-        with tqdm(desc=job.out.stem, unit="plan", disable=args.quiet or not ranks.first) as bar:
+        fits = lambda plan, costs=costs: costs is None or costs.latency(plan) <= args.budget_latency  # noqa: E731
+        with progress(job.out.stem, fits, hidden=args.quiet or not ranks.first) as show:
+            scores = Scoring(render, score, way.groups, journal=journal, more=left, on_try=show, ranks=ranks)
+            result = way.find(scores)
+        if ranks.first:
+            about = settings | {
+                "calls_made": render.calls - before[0],  # by this process, since the last resumption, like the next
+                "calls_naive": render.naive_calls - before[1],
+                "command": command,
+            }
+            report(args, pipeline, job.out, result, costs, about, unseen, way.rivals)
 
-            def show(plan: ReusePlan, value: float, best: float, bar: tqdm = bar) -> None:
-                bar.set_postfix_str(f"{plan.grid or 'by site'} {value:.2f} dB, best {best:.2f}")
-                bar.update()
 
-            result = find(
-                render,
-                score=lambda images: float(fidelity(images, reference).mean()),
-                journal=journal,
-                steepest=args.steepest,
-                more=left,
-                on_try=show,
-                ranks=ranks,
-            )
-        if not ranks.first:
-            continue
-        about = settings | {
-            "score": result.score,
-            "score_start": result.start_score,
-            "rounds": result.rounds,
-            "finished": result.finished,
-            "plans_tried": len(result.tried),
-            "calls_made": render.calls - before[0],  # by this process, since the last resumption, like the next
-            "calls_naive": render.naive_calls - before[1],
-            "command": args.command,
-            "versions": f"torch {torch.__version__}, python {platform.python_version()}",
-        }
-        summary = f"{result.plan}\n{result.score:.2f} dB, started from {result.start_score:.2f}"
-        if costs is not None:
-            about |= {"costs": costs.to_json(), "latency_estimated": costs.latency(result.plan)}
-            about["latency"] = measured_latency(
-                pipeline, result.plan, sampler=args.sampler, steps=args.steps, guidance_scale=args.guidance_scale
-            )
-            summary += (
-                f", {about['latency']:.2f} of the full sampler's time ({about['latency_estimated']:.2f} estimated)"
-            )
-        if unseen:
-            scores = check(args, pipeline, unseen, args.seed + args.prompts, {"phast": result.plan} | rivals)
-            about |= {"unseen_prompts": unseen, "scores_unseen": scores}
-            told = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
-            summary += f"; on {len(unseen)} unseen prompts {told}"
-        text = json.dumps(json.loads(result.plan.to_json()) | {"about": about}, indent=2) + "\n"
-        write_whole([job.out], text.encode(), overwrite=True)  # only ever over a plan of this very search
-        made, naive = about["calls_made"], about["calls_naive"]
-        print(f"{summary}; {made} U-Net calls made, {naive} without sharing; {job.out}")
+def check_options(args: argparse.Namespace) -> None:
+    """Raises: ValueError for options that do not go together, or are out of range."""
+    latency = args.budget_latency
+    for name, least in (("prompts", 1), ("check", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} is {getattr(args, name)}, expected {least} or more")
+    if args.layerwise and latency is None:
+        raise ValueError("--layerwise chooses what fits a time; give --budget-latency, such as 0.7")
+    if args.layerwise and args.branch:
+        raise ValueError("--layerwise searches all branches; leave out --branch")
+    if latency is not None and not 0 < latency < 1:
+        raise ValueError(f"--budget-latency is {latency}, expected a fraction of the full sampler's time, such as 0.7")
+    if latency is not None and args.reuse:
+        raise ValueError("--budget-latency chooses how many calls reuse; give it or --reuse, not both")
+    if latency is not None and args.start != "hurry":
+        raise ValueError(f"--start {args.start} goes with --reuse; with --budget-latency a search finds its own start")
+
+
+@contextmanager
+def progress(
+    title: str, fits: Callable[[ReusePlan], bool], *, hidden: bool
+) -> Iterator[Callable[[ReusePlan, float], None]]:
+    """A progress bar, moved by what is yielded: `show(plan, value)`. The best of the plans that fit is shown, too."""
+    best = -math.inf
+    with tqdm(desc=title, unit="plan", disable=hidden) as bar:
+
+        def show(plan: ReusePlan, value: float) -> None:
+            nonlocal best
+            best = max(best, value) if fits(plan) else best
+            bar.set_postfix_str(f"{plan.grid or 'by site'} {value:.2f} dB, best {best:.2f}")
+            bar.update()
+
+        yield show
+
+
+def report(
+    args: argparse.Namespace,
+    pipeline: Pipeline,
+    out: Path,
+    result: SearchResult,
+    costs: Costs | None,
+    about: dict[str, Any],
+    unseen: list[str],
+    rivals: dict[str, ReusePlan],
+) -> None:
+    """Measure what was found, write the plan file, and print a summary.
+
+    about: what the plan file says beside the result. unseen: prompts on which the plan and its rivals are scored.
+    """
+    about = about | {
+        "score": result.score,
+        "score_start": result.start_score,
+        "rounds": result.rounds,
+        "finished": result.finished,
+        "plans_tried": len(result.tried),
+        "versions": f"torch {torch.__version__}, python {platform.python_version()}",
+    }
+    summary = f"{result.plan}\n{result.score:.2f} dB, started from {result.start_score:.2f}"
+    if costs is not None:
+        latency = measured_latency(
+            pipeline, result.plan, sampler=args.sampler, steps=args.steps, guidance_scale=args.guidance_scale
+        )
+        estimated = costs.latency(result.plan)
+        about |= {"costs": costs.to_json(), "latency_estimated": estimated, "latency": latency}
+        summary += f", {latency:.2f} of the full sampler's time ({estimated:.2f} estimated)"
+    if unseen:
+        scores = score_unseen(args, pipeline, unseen, args.seed + args.prompts, {"phast": result.plan} | rivals)
+        about |= {"unseen_prompts": unseen, "scores_unseen": scores}
+        listed = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+        summary += f"; on {len(unseen)} unseen prompts {listed}"
+    text = json.dumps(json.loads(result.plan.to_json()) | {"about": about}, indent=2) + "\n"
+    write_whole([out], text.encode(), overwrite=True)  # only ever over a plan of this very search
+    made, naive = about["calls_made"], about["calls_naive"]
+    print(f"{summary}; {made} U-Net calls made, {naive} without sharing; {out}")
 
 
 def make_jobs(args: argparse.Namespace, pipeline: Pipeline) -> list[Job]:
     """What the arguments ask for. Raises: ValueError for an impossible number of reuse calls, or files that clash."""
-    calls = pipeline.calls(args.sampler, args.steps)
+    calls = pipeline.calls(args.sampler, grid(args))
     kinds = [args.kind] if args.kind else list(KINDS) if args.layerwise else ["map"]
     groups: list[Sequence[Site]] = [select(pipeline.sites, args.sites, kind, args.branch) for kind in kinds]
     if args.layerwise:
@@ -218,15 +273,15 @@ def make_jobs(args: argparse.Namespace, pipeline: Pipeline) -> list[Job]:
     return [Job(files[0], groups, None, about | {"budget_latency": args.budget_latency})]
 
 
-def approach(
-    args: argparse.Namespace, job: Job, costs: Costs | None, calls: int
-) -> tuple[Callable[..., phast.SearchResult], dict[str, ReusePlan]]:
-    """The search a job calls for, and the plans to score beside what it finds."""
+def approach(args: argparse.Namespace, job: Job, costs: Costs | None, calls: int) -> Approach:
+    """The search a job calls for. costs: of calls that store or reuse, where the job has a latency to keep."""
     rivals: dict[str, ReusePlan] = {}
     if costs is None:
+        sites = job.groups[0]
         simple = dict.fromkeys(("hurry", args.start))
-        rivals = {n: replace(POLICIES[n](calls, job.groups[0], k=job.k), order=args.order) for n in simple}
-        return partial(phast.search, plan=rivals[args.start], sites=job.groups[0], k=job.k), rivals
+        rivals = {n: replace(POLICIES[n](calls, sites, k=job.k), order=args.order) for n in simple}
+        find = partial(improve, plan=rivals[args.start], sites=sites, k=job.k, steepest=args.steepest)
+        return Approach(find, [sites], rivals)
     within: dict[str, Any] = {"latency": costs.latency, "budget": args.budget_latency, "order": args.order}
     groups = job.groups
     alike: dict[str, Sequence[Site]] = {job.about["kind"]: groups[0]}
@@ -238,10 +293,11 @@ def approach(
     for kind, found in fitting.items():
         for name, plan in itertools.chain(*(plans.items() for plans in found)):
             rivals.setdefault(f"{name} {kind}", plan)  # the one with fewest reuse calls, which comes first
+    within["steepest"] = args.steepest
     if not args.layerwise:
-        return partial(step_wise, calls=calls, sites=groups[0], **within), rivals
+        return Approach(partial(step_wise, calls=calls, sites=groups[0], **within), [groups[0]], rivals)
     others = [plan for plans in itertools.chain(*fitting.values()) for plan in plans.values()]
-    return partial(layerwise, calls=calls, groups=groups, others=others, **within), rivals
+    return Approach(partial(layerwise, calls=calls, groups=groups, others=others, **within), groups, rivals)
 
 
 def known_costs(
@@ -256,11 +312,11 @@ def known_costs(
 def make_renderer(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], seed: int) -> Renderer:
     seeds = [seed + i for i in range(len(prompts))]
     return Renderer(
-        pipeline, prompts, seeds, sampler=args.sampler, steps=args.steps, guidance_scale=args.guidance_scale
+        pipeline, prompts, seeds, sampler=args.sampler, steps=grid(args), guidance_scale=args.guidance_scale
     )
 
 
-def check(
+def score_unseen(
     args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], seed: int, plans: dict[str, ReusePlan]
 ) -> dict[str, float]:
     """The score of each plan on prompts that the search has not seen."""
@@ -288,9 +344,9 @@ def describe(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str]) -
         "model": pipeline.fingerprint,
         "prediction_type": pipeline.schedule.prediction_type,
         "sampler": args.sampler,
-        "steps": args.steps,
-        "spacing": pipeline.schedule.spacing,
-        "guidance_scale": args.guidance_scale,
+        "steps": grid(args),
+        "spacing": spacing_of(grid(args), pipeline),
+        "guidance_scale": guidance_scale(args, pipeline),
         "prompts": prompts,
         "first_seed": args.seed,
         "steepest": args.steepest,

@@ -14,11 +14,18 @@ from minireuse.plan import PlanError, ReusePlan, Site
 from minireuse.policies import POLICIES, RELATIVES, STEPWISE, Policy, phast, select
 from minireuse.search.plan_files import plans_of, read_plan
 
-GIVEN = ("calls", "sites", "plans", "sampler", "model")  # parameters of policies that are no knobs: the run's own
+GIVEN = (
+    "calls",
+    "sites",
+    "plans",
+    "sampler",
+    "model",
+    "spacing",
+)  # parameters of policies that are no knobs: the run's own
 
 
 def policies_for(
-    expressions: str, folder: Path | None, sampler: str, fingerprint: Callable[[], str]
+    expressions: str, folder: Path | None, sampler: str, fingerprint: Callable[[], str], spacing: str = ""
 ) -> Mapping[str, Policy]:
     """All policies, `phast` among them with the plans of the model in `folder` and those that ship.
 
@@ -26,7 +33,8 @@ def policies_for(
     """
     if "phast" not in names_in(expressions):
         return POLICIES
-    return POLICIES | {"phast": partial(phast, plans=plans_of(folder), sampler=sampler, model=fingerprint())}
+    run = {"sampler": sampler, "model": fingerprint(), "spacing": spacing}
+    return POLICIES | {"phast": partial(phast, plans=plans_of(folder), **run)}
 
 
 def build(

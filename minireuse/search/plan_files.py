@@ -29,7 +29,7 @@ def read_searched(path: Path) -> Searched:
         raise PlanError(f"{path} does not say what it was searched for; remove it, or search it again")
     if plan.grid is None:
         raise PlanError(f"{path} differs by site; only step-wise plans can lie among the plans of a model")
-    return Searched(plan, str(about["model"]), str(about["sampler"]))
+    return Searched(plan, str(about["model"]), str(about["sampler"]), str(about.get("spacing") or ""))
 
 
 def plans_of(model: Path | None = None) -> list[Searched]:

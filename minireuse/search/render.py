@@ -42,18 +42,18 @@ def refill(plan: ReusePlan, first: int) -> set[int]:
     return again
 
 
-def nbytes(answer: Answer) -> int:
-    """Bytes of a model's answer."""
-    tensors = answer if isinstance(answer, Prediction) else (answer,)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 @dataclass
 class Node:
     """One call of a trajectory, and what followed it: trajectories that begin alike share their nodes."""
 
     answer: Answer | None = None
     after: dict[StepPlan, Node] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the answer."""
+        tensors = () if self.answer is None else self.answer if isinstance(self.answer, Prediction) else (self.answer,)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class Renderer:
@@ -75,7 +75,7 @@ class Renderer:
         seeds: Sequence[int],
         *,
         sampler: str = "ddim",
-        steps: int = 20,
+        steps: int | Sequence[float] = 20,
         guidance_scale: float | None = None,
         cache_dtype: torch.dtype = torch.float16,
         memory: int = 2**29,
@@ -86,13 +86,14 @@ class Renderer:
         self.memory = memory
         self.calls = 0
         self.naive_calls = 0
-        self._root = Node()
+        self._roots: dict[tuple[int, ...], Node] = {}  # by the numbers of the prompts that are rendered
         self._used: dict[int, Node] = {}  # nodes with an answer, in the order of their last use
 
-    def __call__(self, plan: ReusePlan) -> np.ndarray:
-        """Shapes: -> (B, H, W, 3) uint8."""
+    def __call__(self, plan: ReusePlan, prompts: Sequence[int] | None = None) -> np.ndarray:
+        """prompts: the numbers of those to render; None is all of them. Shapes: -> (B, H, W, 3) uint8."""
         plan = plan.on(self.pipeline.sites)
-        path, first = self._follow(plan)
+        chosen = tuple(range(len(self.prompts)) if prompts is None else prompts)
+        path, first = self._follow(plan, chosen)
         again = refill(plan, first)
 
         def memory(denoise: Denoise) -> Denoise:
@@ -107,8 +108,8 @@ class Renderer:
             return remember
 
         result = self.pipeline.generate(
-            self.prompts,
-            seeds=self.seeds,
+            [self.prompts[i] for i in chosen],
+            seeds=[self.seeds[i] for i in chosen],
             steps=self.steps,
             sampler=self.sampler,
             guidance_scale=self.guidance_scale,
@@ -125,13 +126,16 @@ class Renderer:
         for node in path:
             self._used.pop(id(node), None)
             self._used[id(node)] = node
-        size = sum(nbytes(node.answer) for node in path if node.answer is not None) // len(path)
-        for key in list(self._used)[: max(0, len(self._used) - max(len(path), self.memory // max(size, 1)))]:
+        held = sum(node.nbytes for node in self._used.values())
+        for key, node in list(self._used.items())[: -len(path)]:
+            if held <= self.memory:
+                break
+            held -= node.nbytes
             self._used.pop(key).answer = None
 
-    def _follow(self, plan: ReusePlan) -> tuple[list[Node], int]:
+    def _follow(self, plan: ReusePlan, prompts: tuple[int, ...]) -> tuple[list[Node], int]:
         """The plan's nodes, and the first call that no plan before has made in the same way."""
-        node, path, first = self._root, [], 0
+        node, path, first = self._roots.setdefault(prompts, Node()), [], 0
         for call in range(plan.calls):
             node = node.after.setdefault(did(plan.step(call)), Node())
             path.append(node)
