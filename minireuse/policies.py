@@ -184,9 +184,8 @@ def cfg_interval(calls: int, sites: Iterable[Site], *, start: float = 0.2, end: 
 
 
 STEPWISE: dict[str, Policy] = {f.__name__: f for f in (none, hurry, phast, early, interval, random)}
-RELATIVES: dict[str, Policy] = {
-    f.__name__: f for f in (deepcache, tgate, pab, cfg_interval)
-}  # these choose among all sites
+# These choose among all sites, or reuse none.
+RELATIVES: dict[str, Policy] = {f.__name__: f for f in (deepcache, tgate, pab, cfg_interval)}
 POLICIES: dict[str, Policy] = STEPWISE | RELATIVES
 
 

@@ -266,9 +266,9 @@ def _change(x_0: Tensor, now: Point, then: Point, past: tuple[Tensor, Point] | N
     """How x_0 changes until half-way to then in lambda, on the line through this call and the one before.
 
     None holds x_0 as it is. The first step does so, since it has no past. So does a step much longer than the one
-    before it (`LONGEST`). Grids have such steps: Stable Diffusion's own ends at t = 1, and the step to there spans nearly
-    all that is left. So does the last step, which with few steps spans a large part of lambda, and all the rest where
-    sigma ends at 0 (crowsonkb/k-diffusion#43, huggingface/diffusers#5541).
+    before it (`LONGEST`). Grids have such steps: Stable Diffusion's own ends at t = 1, and the step to there spans
+    nearly all that is left. So does the last step, which with few steps spans a large part of lambda, and all the rest
+    where sigma ends at 0 (crowsonkb/k-diffusion#43, huggingface/diffusers#5541).
     """
     if past is None or is_last:
         return None

@@ -109,7 +109,8 @@ def run(args: argparse.Namespace, ranks: Ranks, command: str) -> None:
     begun = (args.out / "journal.jsonl").exists()
     if (args.out / "results.json").exists() or (not begun and args.out.is_dir() and any(args.out.iterdir())):
         raise ValueError(f"{args.out} holds results or other files already; remove them, or name another folder")
-    count = grid(args) if isinstance(grid(args), int) else len(grid(args))
+    steps = grid(args)
+    count = steps if isinstance(steps, int) else len(steps)
     fewer = dict.fromkeys(f"steps:{max(1, round(count * f))}" for f in FEWER)
     policies = [*DEFAULT, *fewer] if args.policies is None else args.policies
     prompts = read_prompts(args.prompts_file, args.model, "evaluation", args.prompts, "--prompts")

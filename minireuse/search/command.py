@@ -231,7 +231,7 @@ def report(
     summary = f"{result.plan}\n{result.score:.2f} dB, started from {result.start_score:.2f}"
     if costs is not None:
         latency = measured_latency(
-            pipeline, result.plan, sampler=args.sampler, steps=args.steps, guidance_scale=args.guidance_scale
+            pipeline, result.plan, sampler=args.sampler, steps=grid(args), guidance_scale=args.guidance_scale
         )
         estimated = costs.latency(result.plan)
         about |= {"costs": costs.to_json(), "latency_estimated": estimated, "latency": latency}
@@ -262,7 +262,7 @@ def make_jobs(args: argparse.Namespace, pipeline: Pipeline) -> list[Job]:
     counts = [] if args.budget_latency is not None else args.reuse or [calls // 2]
     for k in counts:
         hurry(calls, groups[0], k=k)  # refuses an impossible number before any work
-    stem = f"{args.sampler}-{args.steps}-{about['kind']}"
+    stem = f"{args.sampler}-{args.steps if args.timesteps is None else 'listed'}-{about['kind']}"
     stem += f"-branch{args.branch}" * (args.branch > 0) + f"-order{args.order}" * args.order
     names = [f"{stem}-{value}.json" for value in counts or [args.budget_latency]]
     if args.out.suffix == ".json" and len(names) > 1:

@@ -106,7 +106,13 @@ def measure(
 
 
 def measured_latency(
-    pipeline: Pipeline, plan: ReusePlan, *, sampler: str, steps: int, guidance_scale: float | None, rounds: int = 5
+    pipeline: Pipeline,
+    plan: ReusePlan,
+    *,
+    sampler: str,
+    steps: int | Sequence[float],
+    guidance_scale: float | None,
+    rounds: int = 5,
 ) -> float:
     """The plan's time as a fraction of the full sampler's, for one image, in turn: the median of the ratios."""
     ratios = []

@@ -14,7 +14,8 @@ from minireuse.plan import PlanError, ReusePlan, Site
 from minireuse.policies import POLICIES, RELATIVES, STEPWISE, Policy, phast, select
 from minireuse.search.plan_files import plans_of, read_plan
 
-GIVEN = (
+# Parameters of policies that are no knobs: they are the run's own.
+GIVEN = ("calls", "sites", "plans", "sampler", "model", "spacing")
     "calls",
     "sites",
     "plans",
@@ -33,8 +34,8 @@ def policies_for(
     """
     if "phast" not in names_in(expressions):
         return POLICIES
-    run = {"sampler": sampler, "model": fingerprint(), "spacing": spacing}
-    return POLICIES | {"phast": partial(phast, plans=plans_of(folder), **run)}
+    ours = partial(phast, plans=plans_of(folder), sampler=sampler, model=fingerprint(), spacing=spacing)
+    return POLICIES | {"phast": ours}
 
 
 def build(
