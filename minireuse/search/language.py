@@ -16,13 +16,6 @@ from minireuse.search.plan_files import plans_of, read_plan
 
 # Parameters of policies that are no knobs: they are the run's own.
 GIVEN = ("calls", "sites", "plans", "sampler", "model", "spacing")
-    "calls",
-    "sites",
-    "plans",
-    "sampler",
-    "model",
-    "spacing",
-)  # parameters of policies that are no knobs: the run's own
 
 
 def policies_for(
