@@ -1,6 +1,6 @@
 """Finding plans: PHAST's search, what plans cost, plans found before, and the language of `--policy`."""
 
-from minireuse.search.budget import groups_of, layerwise, starts, step_wise
+from minireuse.search.budget import cheapest_first, groups_of, layerwise, starts, step_wise
 from minireuse.search.costs import Costs, measure, measured_latency
 from minireuse.search.language import build, names_in, policies_for, takes_count, takes_sites
 from minireuse.search.phast import ScoreMany, SearchResult, improve
@@ -15,6 +15,7 @@ __all__ = [
     "Scoring",
     "SearchResult",
     "build",
+    "cheapest_first",
     "groups_of",
     "improve",
     "layerwise",
