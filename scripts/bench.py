@@ -13,10 +13,10 @@ import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,6 +32,7 @@ from minireuse import attention
 from minireuse.cache import ReuseCache
 from minireuse.checkpoints.configs import write_schedule_config, write_unet_config
 from minireuse.common.status import exit_status
+from minireuse.common.timing import alternate, median_ratio, ratios, seconds_of
 from minireuse.compilation import CompiledUNet
 from minireuse.config import SD1_UNET, SD2_UNET, UNetConfig
 from minireuse.files import shipped_model, write_whole
@@ -108,16 +109,8 @@ def synchronize(device: str) -> None:
 
 def in_turn(runs: dict[str, Callable[[], object]], rounds: int, device: str, warm: bool = True) -> Times:
     """Seconds of each, one after the other in every round."""
-    times: Times = {name: [] for name in runs}
-    for i in range(rounds + warm):
-        for name, run in runs.items():
-            synchronize(device)
-            began = time.perf_counter()
-            run()
-            synchronize(device)
-            if i >= warm:
-                times[name].append(time.perf_counter() - began)
-    return times
+    works = {name: partial(seconds_of, run, partial(synchronize, device)) for name, run in runs.items()}
+    return alternate(works, rounds, warmup=int(warm))
 
 
 # --- single calls --------------------------------------------------------------------------------------------------
@@ -293,14 +286,9 @@ def curves(scale: Scale, rounds: int) -> dict[str, dict[str, list[float]]]:
 # --- the report ----------------------------------------------------------------------------------------------------
 
 
-def ratios(times: Times, name: str, other: str) -> list[float]:
-    """Round by round: what disturbs a machine for a while disturbs neighbours alike."""
-    return [a / b for a, b in zip(times[name], times[other], strict=True)]
-
-
 def ratio(times: Times, name: str, other: str) -> str:
     """The median of the ratios, and their range."""
-    values = ratios(times, name, other)
+    values = ratios(times[name], times[other])
     return f"{statistics.median(values):.3f} ({min(values):.2f}-{max(values):.2f})"
 
 
@@ -341,7 +329,7 @@ def medians(times: Times, *pairs: tuple[str, str]) -> str:
     """The median ratio of each pair, or nothing where a run was not timed."""
     if not {name for pair in pairs for name in pair} <= times.keys():
         return ""
-    return " / ".join(f"{statistics.median(ratios(times, *pair)):.2f}" for pair in pairs)
+    return " / ".join(f"{median_ratio(times[name], times[other]):.2f}" for name, other in pairs)
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -391,7 +379,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def over_k(found: dict[str, Any]) -> dict[str, list[float]]:
     """The time of HURRY as a fraction of the full sampler's, from the measured calls: plain, storing once, reusing."""
-    cost = {name: statistics.median(ratios(found["calls"], name, "full")) for name in found["calls"]}
+    cost = {name: median_ratio(times, found["calls"]["full"]) for name, times in found["calls"].items()}
     ks = range(STEPS)
     lines: dict[str, list[float]] = {"x": [float(k) for k in ks]}
     for kind in ("map", "out", "deep"):

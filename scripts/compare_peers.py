@@ -12,7 +12,6 @@ import argparse
 import json
 import platform
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from minireuse.cache import ReuseCache
 from minireuse.common.journal import Journal
 from minireuse.common.metrics import fidelity, interval, ssim
 from minireuse.common.status import exit_status
+from minireuse.common.timing import seconds_of
 from minireuse.evaluate.command import SEED, picture, save_pictures, timed_rounds
 from minireuse.evaluate.report import fraction, summarise, write_report
 from minireuse.files import read_lines, shipped_model, write_whole
@@ -132,16 +132,6 @@ def package_branch(branch: int, layers: int) -> int:
     return 3 * (branch // (layers + 1)) + branch % (layers + 1)
 
 
-def time_round(runners: dict[str, Runner], prompt: str, latents: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """Seconds of one image from its prompt to its pixels, each of these runners once."""
-    seconds = {}
-    for name in names:
-        began = time.perf_counter()
-        runners[name].sample([prompt], latents)
-        seconds[name] = time.perf_counter() - began
-    return seconds
-
-
 def is_own(name: str) -> bool:
     """Whether a row of `--ours` is a plan of this project's: no published relative, no plain sampler."""
     policy = name.partition("+")[2] if name.startswith("steps:") else name
@@ -222,8 +212,10 @@ def main(argv: list[str] | None = None) -> None:
         for name, found in journal.known(f"render {start}", work).items():
             rows[name]["psnr"] += found["psnr"]
             rows[name]["ssim"] += found["ssim"]
-    work = partial(time_round, runners, prompts[0], noise(pipe, [SEED]))
-    for found in timed_rounds(journal, args.rounds, list(runners), work):
+    latents = noise(pipe, [SEED])
+    # Seconds of one image from its prompt to its pixels.
+    works = {name: partial(seconds_of, partial(r.sample, prompts[:1], latents)) for name, r in runners.items()}
+    for found in timed_rounds(journal, args.rounds, works):
         for name, seconds in found.items():
             rows[name]["seconds"].append(seconds)
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}

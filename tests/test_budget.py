@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -12,7 +13,16 @@ import minireuse
 from minireuse.plan import PlanError, ReusePlan, Site
 from minireuse.policies import hurry, interval, select
 from minireuse.search import ScoreMany
-from minireuse.search.budget import alike_in, greedy, groups_of, layerwise, sensitivity, starts, step_wise
+from minireuse.search.budget import (
+    alike_in,
+    cheapest_first,
+    greedy,
+    groups_of,
+    layerwise,
+    sensitivity,
+    starts,
+    step_wise,
+)
 from minireuse.search.costs import Costs, measure
 from minireuse.search.phast import BudgetSpent
 
@@ -80,6 +90,36 @@ def test_groups_by_kind_attention_and_resolution(pipeline: minireuse.Pipeline) -
         for level in (0, 1)
     } | {f"map of {which} attention at resolution 2": {"mid_block"} for which in ("self", "cross")}
     assert all(len(group) == 1 for name, group in groups.items() if "deep" in name)
+
+
+DAMAGE, SAVED, BYTES = (dict(zip("abcd", row, strict=True)) for row in ([1, 6, 2, 0], [1, 2, 4, 0], [5, 2, 4, 1]))
+
+
+def price(chosen: Sequence[str], option: str) -> float:
+    """Damage for the time saved: 1 of a, 3 of b, 0.5 of c; d saves none."""
+    return DAMAGE[option] / SAVED[option] if SAVED[option] else math.inf
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(11, "cab"), (10, "ca"), (8, "cb"), (5, "c"), (3, "b"), (1, "")])
+def test_the_cheapest_come_first_as_long_as_they_fit(budget: int, expected: str) -> None:
+    fits = lambda chosen, option: sum(BYTES[name] for name in (*chosen, option)) <= budget  # noqa: E731
+    assert "".join(cheapest_first(["a", "b", "c", "d"], price, allowed=fits)) == expected
+
+
+@pytest.mark.parametrize(("least", "expected"), [(0, ""), (4, "c"), (5, "ca"), (9, "cab")])
+def test_choosing_ends_when_it_is_enough(least: int, expected: str) -> None:
+    enough = lambda chosen: sum(SAVED[name] for name in chosen) >= least  # noqa: E731
+    assert "".join(cheapest_first(["abcd"], price, enough=enough)) == expected  # 9 cannot be reached
+
+
+def test_a_choice_changes_the_prices_of_its_own_group() -> None:
+    """The price of b is 3, and 0.5 beside a."""
+
+    def together(chosen: Sequence[str], option: str) -> float:
+        return {"a": 1.0, "b": 3.0, "c": 2.0}[option] - 2.5 * ("a" in chosen and option == "b")
+
+    assert "".join(cheapest_first(["ab", "c"], together)) == "abc"
+    assert "".join(cheapest_first(["a", "b", "c"], together)) == "acb"  # nothing says that a touches b
 
 
 def test_greedy_takes_the_least_damage_for_the_time_saved() -> None:

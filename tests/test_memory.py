@@ -14,9 +14,9 @@ import minireuse
 from minireuse.common.options import parse_bytes
 from minireuse.plan import ReusePlan, Site
 from minireuse.policies import hurry, select
-from minireuse.sample import budget as memory
 from minireuse.sample import command as sample
-from minireuse.sample.budget import Share, choose, restrict, weigh
+from minireuse.sample import memory
+from minireuse.sample.memory import Share, choose, restrict, weigh
 from minireuse.search.budget import groups_of
 from minireuse.search.costs import Costs
 

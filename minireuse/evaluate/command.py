@@ -9,7 +9,7 @@ import json
 import platform
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,10 +34,11 @@ from minireuse.common.options import (
 )
 from minireuse.common.ranks import Ranks, shared_status
 from minireuse.common.status import command_line
+from minireuse.common.timing import alternate
 from minireuse.evaluate.distribution import EXTRACTORS, Follow, prompt_check, score_all
 from minireuse.evaluate.report import FULL, KERNELS, summarise, write_report
 from minireuse.files import read_prompts, write_whole
-from minireuse.pipeline import Pipeline
+from minireuse.pipeline import Pipeline, Result
 from minireuse.plan import ReusePlan
 from minireuse.samplers import SAMPLERS
 from minireuse.search import Renderer, build, policies_for, takes_count
@@ -189,7 +190,8 @@ def measure(
 
     By row: seconds, seconds_total, seconds_explicit (every attention map written out), each a list over rounds.
     """
-    measured = timed_rounds(journal, args.rounds, rows, partial(time_round, args, pipeline, prompt), args.quiet)
+    works = {row.name: partial(time_row, args, pipeline, prompt, row) for row in rows}
+    measured = timed_rounds(journal, args.rounds, works, args.quiet)
     kinds = ("seconds", "seconds_total", "seconds_explicit")
     return {
         row.name: {kind: [found[row.name][kind] for found in measured] for kind in kinds}
@@ -199,36 +201,28 @@ def measure(
 
 
 def timed_rounds(
-    journal: Journal,
-    rounds: int,
-    rows: Sequence[T],
-    time_all: Callable[[Sequence[T]], dict[str, Any]],
-    quiet: bool = False,
-) -> list[dict[str, Any]]:
-    """What `time_all` finds of the rows in each round: known from the journal, or timed now, once warmed up.
+    journal: Journal, rounds: int, works: Mapping[str, Callable[[], T]], quiet: bool = False
+) -> list[dict[str, T]]:
+    """What each work measures in each round: known from the journal, or measured now, once warmed up.
 
-    Each round has an order of its own, so that no row always runs after the same one.
+    Each round has an order of its own, so that no work always runs after the same one.
     """
-    warm = False
+    warmup, names = 1, list(works)
     for i in tqdm(range(rounds), desc="time", disable=quiet):
         if f"round {i}" in journal.records:
             continue
-        if not warm:
-            time_all(rows)
-            warm = True
-        order = np.random.default_rng(i).permutation(len(rows))
-        journal.add(f"round {i}", time_all([rows[j] for j in order]))
+        order = np.random.default_rng(i).permutation(len(names))
+        found = alternate({names[j]: works[names[j]] for j in order}, rounds=1, warmup=warmup)
+        journal.add(f"round {i}", {name: value for name, (value,) in found.items()})
+        warmup = 0
     return [journal.records[f"round {i}"] for i in range(rounds)]
 
 
-def time_round(
-    args: argparse.Namespace, pipeline: Pipeline, prompt: str, rows: Sequence[Row]
-) -> dict[str, dict[str, float]]:
-    """Seconds of each row, once."""
-    found: dict[str, dict[str, float]] = {row.name: {} for row in rows}
-    for row, attention in itertools.product(rows, ("fused", "explicit")):
-        began = time.perf_counter()
-        result = pipeline.generate(
+def time_row(args: argparse.Namespace, pipeline: Pipeline, prompt: str, row: Row) -> dict[str, float]:
+    """Seconds of one image with the fused kernel and with every map written out; and the bytes of the cache."""
+
+    def generate(attention: str) -> Result:
+        return pipeline.generate(
             prompt,
             steps=row.steps,
             sampler=args.sampler,
@@ -238,13 +232,15 @@ def time_round(
             cache=ReuseCache(),
             attention=attention,
         )
-        if attention == "explicit":
-            found[row.name]["seconds_explicit"] = result.seconds
-            continue
-        found[row.name]["seconds"] = result.seconds
-        found[row.name]["seconds_total"] = time.perf_counter() - began
-        found[row.name]["cache_peak_bytes"] = result.cache_peak_bytes
-    return found
+
+    began = time.perf_counter()
+    result = generate("fused")
+    return {
+        "seconds_total": time.perf_counter() - began,
+        "seconds": result.seconds,
+        "cache_peak_bytes": result.cache_peak_bytes,
+        "seconds_explicit": generate("explicit").seconds,
+    }
 
 
 def equals(rows: Sequence[Row], timings: dict[str, dict[str, Any]], kernel: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from minireuse.common.metrics import interval
+from minireuse.common.timing import median_ratio, ratios
 from minireuse.files import write_whole
 
 FULL = "none"  # the row of the full sampler, which all others are compared with
@@ -42,7 +43,7 @@ def summarise(results: dict[str, Any], against: str) -> dict[str, dict[str, Any]
                 # Each round by itself: what disturbs a machine for a while disturbs neighbours alike.
                 made[key] = float(np.median(row[key]))
                 made[f"{key}_ratio"] = fraction(row, full, key)
-                made[f"{key}_spread"] = [float(q) for q in np.percentile(np.divide(row[key], full[key]), [25, 75])]
+                made[f"{key}_spread"] = [float(q) for q in np.percentile(ratios(row[key], full[key]), [25, 75])]
         twins = {f"twin_{kernel}": pairs.get(name) for kernel, pairs in results["equal_latency"].items()}
         for label, other in (twins | {"against": against}).items():
             if other == FULL:  # the reference: nothing is closer to it than itself
@@ -56,7 +57,7 @@ def summarise(results: dict[str, Any], against: str) -> dict[str, dict[str, Any]
 
 def fraction(row: dict[str, Any], full: dict[str, Any], kernel: str = KERNELS[0]) -> float:
     """What a row takes of another one's time: the median of the ratios, round by round."""
-    return float(np.median(np.divide(row[kernel], full[kernel])))
+    return median_ratio(row[kernel], full[kernel])
 
 
 def table(summary: dict[str, dict[str, Any]]) -> str:

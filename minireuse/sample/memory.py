@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,9 @@ import torch
 
 from minireuse.common.options import mebibytes
 from minireuse.pipeline import Pipeline
-from minireuse.plan import ReusePlan
-from minireuse.sample.budget import choose, restrict, weigh
+from minireuse.plan import ReusePlan, Site
 from minireuse.sample.forecast import Forecast, forecast
-from minireuse.search import groups_of
+from minireuse.search import cheapest_first, groups_of, measure
 from minireuse.unet import UNet
 
 
@@ -82,6 +81,69 @@ def within_budget(
             effect = f"squared error {share.damage:.3g}, {1000 * share.saved:.1f} ms saved a call"
         print(f"note: {name} {does} ({effect})", file=sys.stderr)
     return chosen
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one group of sites does to a run when it alone follows the plan.
+
+    Units: damage in squared steps of a pixel (0 to 255), on average; saved in seconds of a U-Net call.
+    """
+
+    sites: tuple[Site, ...]
+    damage: float
+    saved: float
+
+
+def restrict(plan: ReusePlan, sites: Sequence[Site]) -> ReusePlan:
+    """The plan for these sites alone; the others compute."""
+    chosen = [site in set(sites) for site in plan.sites]
+    kept = tuple(site for site, stays in zip(plan.sites, chosen, strict=True) if stays)
+    return replace(plan, mask=plan.mask[:, chosen], sites=kept)
+
+
+def choose(
+    plan: ReusePlan, shares: Mapping[str, Share], peak: Callable[[ReusePlan], int], budget: int
+) -> tuple[ReusePlan, list[str]]:
+    """The groups that reuse: those of least damage for the time they save first, each if the cache still fits.
+
+    peak: bytes of a plan's cache at its fullest. A group that saves no time is left out.
+    """
+
+    def part(names: Sequence[str]) -> ReusePlan:
+        return restrict(plan, [site for name in names for site in shares[name].sites])
+
+    def price(_: Sequence[str], name: str) -> float:
+        share = shares[name]
+        return share.damage / share.saved if share.saved > 0 else np.inf
+
+    def allowed(chosen: Sequence[str], name: str) -> bool:
+        return peak(part([*chosen, name])) <= budget
+
+    names = cheapest_first([[name] for name in shares], price, allowed=allowed)
+    return part(names), list(names)
+
+
+def weigh(
+    pipeline: Pipeline,
+    plan: ReusePlan,
+    groups: Mapping[str, Sequence[Site]],
+    render: Callable[[ReusePlan], np.ndarray],
+    *,
+    size: tuple[int, int],
+    cache_dtype: torch.dtype,
+) -> dict[str, Share]:
+    """What each group does to an image when it alone follows the plan, and to the time of a call on this machine.
+
+    render: of a plan, the image. Shapes: size (h, w) of its latents.
+    """
+    full = render(restrict(plan, ())).astype(float)
+    some = list(groups.values())
+    costs = measure(pipeline, some, rounds=3, size=size, cache_dtype=cache_dtype, order=plan.order)
+    return {
+        name: Share(tuple(sites), float(np.square(render(restrict(plan, sites)) - full).mean()), -added)
+        for (name, sites), added in zip(groups.items(), costs.reuse, strict=True)
+    }
 
 
 @contextmanager

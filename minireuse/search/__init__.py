@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from minireuse.search.budget import groups_of, layerwise, starts, step_wise
+from minireuse.search.budget import cheapest_first, groups_of, layerwise, starts, step_wise
 from minireuse.search.language import build, names_in, policies_for, takes_count, takes_sites
 from minireuse.search.phast import ScoreMany, SearchResult, improve
 from minireuse.search.plan_files import plans_of, read_plan, read_searched
@@ -21,6 +21,7 @@ __all__ = [
     "Scoring",
     "SearchResult",
     "build",
+    "cheapest_first",
     "groups_of",
     "improve",
     "layerwise",

@@ -8,9 +8,11 @@ added where it does least damage for the time it saves; then swaps refine what c
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import chain
+from functools import cache
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -99,7 +101,7 @@ def alike_in(groups: Sequence[Sequence[Site]]) -> dict[str, Sequence[Site]]:
     """
     by_kind = {kind: [group for group in groups if group[0].kind == kind] for kind in KINDS}
     some = {kind: found[:1] if kind == "deep" else found for kind, found in by_kind.items() if found}
-    return {kind: tuple(chain(*found)) for kind, found in some.items()}
+    return {kind: tuple(itertools.chain(*found)) for kind, found in some.items()}
 
 
 def _level(address: str, levels: int) -> int:
@@ -138,7 +140,7 @@ def layerwise(
     return improve(
         score_many,
         plans[0],
-        tuple(chain(*groups)),
+        tuple(itertools.chain(*groups)),
         k=None,
         others=plans[1:],
         groups=groups,
@@ -169,41 +171,84 @@ def sensitivity(score_many: ScoreMany, calls: int, groups: Sequence[Sequence[Sit
     return damage
 
 
+Option = TypeVar("Option")
+
+
+def cheapest_first(
+    groups: Sequence[Sequence[Option]],
+    price: Callable[[tuple[Option, ...], Option], float],
+    *,
+    allowed: Callable[[tuple[Option, ...], Option], bool] = lambda chosen, option: True,
+    enough: Callable[[tuple[Option, ...]], bool] = lambda chosen: False,
+) -> tuple[Option, ...]:
+    """What reuses within a budget: options are chosen by their damage for the time they save, the cheapest first.
+
+    groups: the options. Within a group they touch each other, so that one that is chosen changes the others' prices.
+    price: of an option beside those that are chosen already; infinite for one that saves no time, which never is.
+    allowed: whether an option may join those chosen. One that may not when its turn comes is left out.
+    enough: whether those chosen will do. Without it all options get their turn.
+
+    Prices of other groups are looked at again only when their turn comes: most changes leave most prices as they are.
+    """
+    numbers = itertools.count()  # of equal prices the first option counts
+    chosen: tuple[Option, ...] = ()
+    queue = [(price(chosen, option), next(numbers), g, option) for g, group in enumerate(groups) for option in group]
+    heapq.heapify(queue)
+    while queue and not enough(chosen) and queue[0][0] < np.inf:
+        promised, number, own, option = heapq.heappop(queue)
+        if not allowed(chosen, option):
+            continue
+        value = price(chosen, option)
+        if value > promised:
+            heapq.heappush(queue, (value, number, own, option))
+            continue
+        chosen = (*chosen, option)
+        touched = [(n, other) for _, n, g, other in queue if g == own and allowed(chosen, other)]
+        queue = [entry for entry in queue if entry[2] != own]
+        queue += [(price(chosen, other), n, own, other) for n, other in touched]
+        heapq.heapify(queue)
+    return chosen
+
+
+class Run(NamedTuple):
+    """Calls in a row in which a group reuses."""
+
+    group: int
+    first: int
+    length: int
+
+
 def greedy(damage: np.ndarray, latency: Callable[[np.ndarray], float], budget: float) -> np.ndarray:
     """Reuse where it does least damage for the time it saves, until a plan fits the budget.
 
-    Up to `LONGEST` calls in a row are added at once. Values are brought up to date when their turn comes, and those of
-    a group when it has changed, since a tensor that is stored already is cheap to reuse again.
+    Up to `LONGEST` calls in a row are added at once, since a tensor that is stored already is cheap to reuse again.
     Shapes: damage (calls, groups) -> (calls, groups) bool. Raises: PlanError where no plan fits.
     """
     calls, groups = damage.shape
-    state = np.zeros((calls, groups), dtype=bool)
-    now = latency(state)
-    queue: list[tuple[float, int, int, int]] = []
+    runs = [
+        [Run(g, first, n) for first in range(1, calls) for n in range(1, min(LONGEST, calls - first) + 1)]
+        for g in range(groups)
+    ]
 
-    def price(g: int, first: int, length: int) -> float:
-        added = state.copy()
-        added[first : first + length, g] = True
-        saved = now - latency(added)
-        return damage[added & ~state].sum() / saved if saved > 1e-6 else np.inf
+    def state_of(chosen: Sequence[Run]) -> np.ndarray:
+        state = np.zeros((calls, groups), dtype=bool)
+        for g, first, length in chosen:
+            state[first : first + length, g] = True
+        return state
 
-    def refresh(g: int) -> None:
-        runs = [(i, n) for i in range(1, calls) for n in range(1, min(LONGEST, calls - i) + 1)]
-        free = [(i, n) for i, n in runs if not state[i : i + n, g].any()]
-        queue[:] = [entry for entry in queue if entry[1] != g] + [(price(g, i, n), g, i, n) for i, n in free]
-        heapq.heapify(queue)
+    @cache
+    def time(chosen: tuple[Run, ...]) -> float:
+        return latency(state_of(chosen))
 
-    for g in range(groups):
-        refresh(g)
-    while now > budget:
-        if not queue or queue[0][0] == np.inf:
-            raise PlanError(f"no plan found takes {budget} of the full sampler's time; the fastest {now:.3f}")
-        promised, g, first, length = heapq.heappop(queue)
-        value = price(g, first, length)
-        if value > promised:
-            heapq.heappush(queue, (value, g, first, length))
-            continue
-        state[first : first + length, g] = True
-        now = latency(state)
-        refresh(g)
-    return state
+    def price(chosen: tuple[Run, ...], run: Run) -> float:
+        saved = time(chosen) - time((*chosen, run))
+        added = state_of((*chosen, run)) & ~state_of(chosen)
+        return float(damage[added].sum() / saved) if saved > 1e-6 else np.inf
+
+    def allowed(chosen: tuple[Run, ...], run: Run) -> bool:
+        return not (state_of(chosen) & state_of([run])).any()
+
+    chosen = cheapest_first(runs, price, allowed=allowed, enough=lambda chosen: time(chosen) <= budget)
+    if time(chosen) > budget:
+        raise PlanError(f"no plan found takes {budget} of the full sampler's time; the fastest {time(chosen):.3f}")
+    return state_of(chosen)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from minireuse.cache import ReuseCache
+from minireuse.common.timing import alternate, median_ratio, seconds_of
 from minireuse.pipeline import Pipeline
 from minireuse.plan import PLAIN, ReusePlan, Site, StepPlan
 
@@ -79,30 +80,32 @@ def measure(
     cache = ReuseCache(cache_dtype)
 
     def seconds(step: StepPlan) -> float:
-        pipeline.synchronize()
-        began = time.perf_counter()
-        pipeline.unet(x, 500, text, step, cache)
-        pipeline.synchronize()
-        return time.perf_counter() - began
+        return seconds_of(lambda: pipeline.unet(x, 500, text, step, cache), pipeline.synchronize)
 
-    plain: list[float] = []
-    added: list[list[float]] = [[] for _ in range(2 * len(groups))]
-    for i in range(rounds + 1):
-        usual = seconds(PLAIN)
-        plain.append(usual)
-        for g, group in enumerate(groups):
-            sites = frozenset(group)
-            # Storing comes first: it also fills the cache that reusing reads.
-            for _ in range(order):
-                seconds(StepPlan(store=sites))
-            added[2 * g].append(seconds(StepPlan(store=sites, keep=sites)) - usual)
-            ahead = frozenset((site, 1.0) for site in sites) if order else frozenset()
-            added[2 * g + 1].append(seconds(StepPlan(reuse=sites, ahead=ahead)) - usual)
-            cache.clear()
-        if i == 0:  # warms up
-            plain, added = [], [[] for _ in added]
-    medians = [statistics.median(values) for values in added]
-    return Costs(statistics.median(plain), tuple(map(tuple, groups)), tuple(medians[::2]), tuple(medians[1::2]))
+    def store(sites: frozenset[Site]) -> float:
+        cache.clear()
+        for _ in range(order):  # values that are already there when the timed one comes
+            seconds(StepPlan(store=sites))
+        return seconds(StepPlan(store=sites, keep=sites))
+
+    def reuse(sites: frozenset[Site]) -> float:
+        ahead = frozenset((site, 1.0) for site in sites) if order else frozenset()
+        return seconds(StepPlan(reuse=sites, ahead=ahead))
+
+    works: dict[tuple[str, int], Callable[[], float]] = {("plain", 0): partial(seconds, PLAIN)}
+    for g, group in enumerate(groups):
+        # Storing comes first: it also fills the cache that reusing reads.
+        works["store", g] = partial(store, frozenset(group))
+        works["reuse", g] = partial(reuse, frozenset(group))
+    times = alternate(works, rounds)
+    plain = times["plain", 0]
+
+    def added(kind: str) -> tuple[float, ...]:
+        """What calls of a kind take beyond the plain call of the same round, by group."""
+        found = (times[kind, g] for g in range(len(groups)))
+        return tuple(statistics.median(a - b for a, b in zip(values, plain, strict=True)) for values in found)
+
+    return Costs(statistics.median(plain), tuple(map(tuple, groups)), added("store"), added("reuse"))
 
 
 def measured_latency(
@@ -115,12 +118,10 @@ def measured_latency(
     rounds: int = 5,
 ) -> float:
     """The plan's time as a fraction of the full sampler's, for one image, in turn: the median of the ratios."""
-    ratios = []
-    for i in range(rounds + 1):
-        full, ours = (
-            pipeline.generate("", steps=steps, sampler=sampler, guidance_scale=guidance_scale, plan=p).seconds
-            for p in (None, plan)
-        )
-        if i:  # the first round warms up
-            ratios.append(ours / full)
-    return statistics.median(ratios)
+
+    def seconds(followed: ReusePlan | None) -> float:  # of the sampling loop alone
+        settings = {"steps": steps, "sampler": sampler, "guidance_scale": guidance_scale}
+        return pipeline.generate("", plan=followed, **settings).seconds  # type: ignore[arg-type]
+
+    times = alternate({"full": partial(seconds, None), "plan": partial(seconds, plan)}, rounds)
+    return median_ratio(times["plan"], times["full"])
