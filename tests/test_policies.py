@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from minireuse.plan import PlanError, ReusePlan, Site
-from minireuse.policies import POLICIES, select
+from minireuse.policies import POLICIES, cfg_interval, interval, select
 from minireuse.search.language import build
 
 SITES = tuple(Site(f"block.{name}", kind) for kind in ("map", "out") for name in ("attn1", "attn2"))
@@ -145,3 +145,24 @@ def test_a_term_may_name_its_own_kind_and_sites() -> None:
         build("hurry:sites=some", 6, SITES)
     with pytest.raises(PlanError, match="is not knob=number"):
         build("deepcache:kind=out", 6, DEEP)
+
+
+def test_guidance_inside_an_interval() -> None:
+    plan = cfg_interval(10, SITES, start=0.2, end=0.8)
+    assert "".join(".g"[g] for g in plan.guided) == "..gggggg.."
+    assert plan.reused == 0
+    assert all(cfg_interval(5, SITES, start=0.0, end=1.0).guided)
+    with pytest.raises(PlanError, match="the interval is"):
+        cfg_interval(5, SITES, start=0.6, end=0.5)
+
+
+def test_where_guidance_begins_again_everything_is_computed() -> None:
+    """Of two halves the unguided calls know one: the first guided call after them can read nothing of theirs."""
+    maps = select(SITES)
+    joined = interval(8, maps, k=4) | cfg_interval(8, SITES, start=0.375, end=0.75)
+    assert interval(8, maps, k=4).grid == ".#.#.#.#"
+    row = "".join(".#"[int(cell)] for cell in joined.mask.any(axis=1))
+    assert row == ".#...#.#"  # call 3 is the first guided one
+    assert "".join(".g"[g] for g in joined.guided) == "...ggg.."
+    assert joined.step(5).reuse == set(maps)
+    assert joined.step(7).half == frozenset()  # call 6 computed without guidance, as call 7 reads it

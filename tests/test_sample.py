@@ -26,11 +26,14 @@ def run(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     """Run the command line on the tiny model inside an empty folder. Returns (status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*argv: str, prompt: str | None = "a red circle", model: Path | None = model_folder) -> tuple[int, str, str]:
+    def run(
+        *argv: str, prompt: str | None = "a red circle", model: Path | None = model_folder, steps: int | None = 4
+    ) -> tuple[int, str, str]:
         common = ["--model", str(model), "--device", "cpu"] if model else []
         prompts = ["--prompt", prompt] if prompt is not None else []
+        count = ["--steps", str(steps)] if steps is not None else []
         try:
-            status = sample.main([*prompts, *common, "--steps", "4", *argv])
+            status = sample.main([*prompts, *common, *count, *argv])
         except SystemExit as stop:
             status = int(stop.code or 0)
         out, err = capsys.readouterr()
@@ -45,7 +48,7 @@ def test_one_image_and_its_json(run, tmp_path: Path, pipeline: minireuse.Pipelin
     report = json.loads(out)
     assert set(report) == {
         *("images", "seconds", "seconds_total", "calls", "reused", "cache_peak_bytes", "plan", "policy", "sampler"),
-        *("steps", "seeds", "model"),
+        *("steps", "timesteps", "seeds", "model"),
     }
     assert report["images"] == ["a.png"]
     assert (report["calls"], report["reused"], report["plan"], report["seeds"]) == (4, 2, "..##", [3])
@@ -192,14 +195,14 @@ def test_every_option_arrives_where_it_belongs(
     options = (
         "--negative-prompt cross --sampler ddim --guidance-scale 3 --eta 0.25 --attention explicit --width 24 --seed 9"
         " --height 8 --cache-dtype float32 --policy early --reuse 2 --kind out --sites cross --tokenizer t --dtype"
-        " bfloat16 --prediction-type v_prediction --batch-size 1 --quiet"
+        " bfloat16 --prediction-type v_prediction --batch-size 1 --quiet --spacing karras --guidance-rescale 0.5"
     )
     assert run(*options.split())[0] == 0
     expected = {
         **{"path": Path(str(seen["path"])), "device": "cpu", "dtype": "bfloat16", "tokenizer": "t"},
         **{"prediction_type": "v_prediction", "prompts": ["a red circle"], "negative_prompts": "cross", "steps": 4},
         **{"sampler": "ddim", "guidance_scale": 3.0, "seeds": [9], "height": 8, "width": 24, "eta": 0.25},
-        **{"attention": "explicit", "init_images": None},
+        **{"attention": "explicit", "init_images": None, "spacing": "karras", "guidance_rescale": 0.5},
     }
     assert {name: seen[name] for name in expected} == expected
     assert seen["plan"] == early(4, select(pipeline.sites, "cross", "out"), k=2)
@@ -333,3 +336,31 @@ def test_module_is_runnable(model_folder: Path, tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (tmp_path / "out.png").exists()
+
+
+def test_grids_and_timesteps(run, tmp_path: Path, pipeline: minireuse.Pipeline) -> None:
+    """What --timesteps lists is what the model is called at; a picture is made again on the grid it was made on."""
+    report = json.loads(run("--timesteps", "900,500.5,100", "--out", "a.png", "--json", steps=None)[1])
+    assert (report["steps"], report["timesteps"], report["calls"]) == (3, [900, 500.5, 100], 3)
+    expected = pipeline.generate("a red circle", steps=(900, 500.5, 100)).images[0]
+    with Image.open(tmp_path / "a.png") as image:
+        assert np.array_equal(np.array(image), expected)
+        assert image.text["steps"] == "900,500.5,100"
+    report = json.loads(run("--spacing", "trailing", "--out", "b.png", "--json")[1])
+    assert report["timesteps"] == [999, 749, 499, 249]
+    for name in ("a", "b"):
+        assert run("--from-png", f"{name}.png", "--out", f"{name}-again.png", prompt=None, steps=None)[0] == 0
+        with Image.open(tmp_path / f"{name}.png") as one, Image.open(tmp_path / f"{name}-again.png") as two:
+            assert np.array_equal(np.array(one), np.array(two))
+    for text, message in (
+        ("900,900", "expected numbers that fall"),
+        ("100,-1", "expected numbers that fall"),
+        ("nan,1", "expected numbers that fall"),
+        ("many", "expected numbers such as"),
+        ("2000,100", "the model knows no noisier latents"),
+    ):
+        status, _, err = run("--timesteps", text, steps=None)
+        assert status == 2
+        assert message in err
+    status, _, err = run("--timesteps", "900,100", "--spacing", "karras", steps=None)
+    assert (status, "leave out --steps and --spacing" in err) == (2, True)

@@ -159,11 +159,11 @@ def read_schedule_config(raw: Mapping[str, Any], source: str = "scheduler/schedu
         spacing=reader.choice("timestep_spacing", "leading", SPACINGS),
         offset=reader.integer("steps_offset", 0, least=0),
         last_alpha_one=reader.boolean("set_alpha_to_one", True),
+        zero_snr=reader.boolean("rescale_betas_zero_snr", False),
     )
     ordered = 0 < config.beta_start <= config.beta_end < 1
     reader.require(ordered, "beta_start", f"0 < beta_start <= beta_end < 1 (beta_end is {config.beta_end})")
     reader.require(raw.get("trained_betas") is None, "trained_betas", "null")
-    reader.require(not raw.get("rescale_betas_zero_snr"), "rescale_betas_zero_snr", "false")
     return config  # what remains are settings of diffusers' solvers, which do not describe the model
 
 
@@ -180,7 +180,7 @@ def write_schedule_config(config: ScheduleConfig) -> dict[str, Any]:
         "set_alpha_to_one": config.last_alpha_one,
         "steps_offset": config.offset,
         "timestep_spacing": config.spacing,
-    }
+    } | ({"rescale_betas_zero_snr": True} if config.zero_snr else {})
 
 
 def guidance_scale(raw: Mapping[str, Any], source: str = "model_index.json") -> float:
