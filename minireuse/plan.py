@@ -65,19 +65,21 @@ class Site:
 class StepPlan:
     """What one U-Net call does: the sites it reuses, those it stores, and those it reads for the last time.
 
-    call: its number. guided: False where only the conditional half is computed.
-    explicit: write every attention map out even where it is not stored (the unfused baseline).
-    half: of the sites it reuses, those that a guided call stored while this one is unguided.
-    keep: of the sites it stores, those whose value before stays beside the new one (plans of order 1).
-    ahead: of the sites it reuses, how far beyond the last value on the line through both, in distances between them.
+    A step here is one call of the U-Net, not a step of a solver, which may make several.
+    call: its number. explicit: write every attention map out even where it is not stored (the unfused baseline).
+
+    Where guidance ends: guided is False if only the conditional half is computed; half are the sites it reuses that a
+    guided call stored while this one is unguided.
+    Order 1: keep are the sites it stores whose value before stays beside the new one; ahead has (site, a) for each site
+    that is reused as now + a * (now - before).
     """
 
     reuse: frozenset[Site] = frozenset()
     store: frozenset[Site] = frozenset()
     last: frozenset[Site] = frozenset()
     call: int = 0
-    guided: bool = True
     explicit: bool = False
+    guided: bool = True
     half: frozenset[Site] = frozenset()
     keep: frozenset[Site] = frozenset()
     ahead: frozenset[tuple[Site, float]] = frozenset()
@@ -118,9 +120,16 @@ class _Draft:
         self.half, self.keep, self.ahead = set[Site](), set[Site](), set[tuple[Site, float]]()
 
     def finish(self, call: int, guided: bool) -> StepPlan:
-        reuse, store, last = frozenset(self.reuse), frozenset(self.store), frozenset(self.last)
-        half, keep, ahead = frozenset(self.half), frozenset(self.keep), frozenset(self.ahead)
-        return StepPlan(reuse, store, last, call, guided, half=half, keep=keep, ahead=ahead)
+        return StepPlan(
+            reuse=frozenset(self.reuse),
+            store=frozenset(self.store),
+            last=frozenset(self.last),
+            call=call,
+            guided=guided,
+            half=frozenset(self.half),
+            keep=frozenset(self.keep),
+            ahead=frozenset(self.ahead),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +141,8 @@ class ReusePlan:
     guidance ended, is used as it was.
 
     Shapes: mask (S, L), read-only; guided (S,), all True unless given.
-    Raises: PlanError for a mask of another shape, a reuse in call 0, a repeated site, or another order.
+    Raises: PlanError for a mask of another shape, a reuse in call 0, a repeated site, or another order; at its first
+    `step`, for a guided call that reuses what an unguided one computed.
     """
 
     mask: np.ndarray

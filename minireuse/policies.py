@@ -184,12 +184,11 @@ def select(sites: Iterable[Site], which: str = "both", kind: str = "map", branch
         raise PlanError(f"deep features belong to no attention, but those of {which} attention are asked for")
     if branch and kind != "deep":
         raise PlanError(f"branch numbers the deep features, but kind is {kind!r}; ask for kind deep, or no branch")
-    chosen = [s for s in sites if s.kind == kind]
-    if kind == "deep":
-        branches = sorted(chosen, key=lambda s: s.depth or 0)
+    chosen = [s for s in sites if s.kind == kind and (kind == "deep" or s.is_cross in wanted[which])]
+    if kind == "deep" and chosen:
+        branches = sorted(chosen, key=lambda s: s.depth)
         _require_whole("branch", branch, 0, len(branches) - 1)
         return (branches[branch],)
-    chosen = [s for s in chosen if s.is_cross in wanted[which]]
     if not chosen:
         raise PlanError(f"none of the sites given is of kind {kind!r} in {which} attention; pass pipe.sites")
     return tuple(chosen)

@@ -23,7 +23,7 @@ def sample_parser() -> argparse.ArgumentParser:
     """The options of `python -m minireuse.sample`."""
     p = argparse.ArgumentParser(
         prog="python -m minireuse.sample",
-        description="Generate images with Stable Diffusion, reusing attention maps between sampling steps.",
+        description="Generate images with Stable Diffusion, reusing tensors of the U-Net between sampling steps.",
         formatter_class=HelpFormatter,
     )
     what = p.add_argument_group("what to paint")

@@ -89,8 +89,10 @@ def read_settings(args: argparse.Namespace) -> Settings:
 
 def _asked(args: argparse.Namespace) -> Settings:
     jobs = tuple(itertools.product(_prompts(args), _seeds(args)))
-    sites = args.kind or (None if args.save_maps else args.sites)  # which maps to save is asked with --sites, too
-    if sites is not None and not takes_sites(args.policy):
+    given = args.kind is not None or (
+        args.sites is not None and args.save_maps is None
+    )  # --sites also says what to save
+    if given and not takes_sites(args.policy):
         raise ValueError(f"--policy {args.policy} chooses what it reuses itself; leave out --kind and --sites")
     return Settings(
         jobs=jobs,
@@ -136,8 +138,8 @@ def _made_again(args: argparse.Namespace) -> Settings:
     compiles = recipe.compile if args.compile is None else bool(args.compile)
     if compiles != recipe.compile:
         differs.append(f"with{'' if recipe.compile else 'out'} --compile")
-    if recipe.watched and args.save_maps is None:
-        differs.append("with --save-maps, whose maps are computed by another kernel")
+    if bool(recipe.watched) != (args.save_maps is not None):
+        differs.append(f"with{'' if recipe.watched else 'out'} --save-maps, which computes maps by another kernel")
     if differs:
         print(f"note: it was made {' and '.join(differs)}, so pixels may differ", file=sys.stderr)
     return Settings(

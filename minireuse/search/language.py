@@ -85,7 +85,7 @@ def _term(
         if not Path(term).is_file():
             known = ", ".join(policies)
             raise PlanError(f"policy is {term!r}, expected one of {known}, or an existing plan file")
-        return read_plan(Path(term))[0]
+        return read_plan(Path(term), sites)[0]
     policy = policies[name]
     numbers: dict[str, Any] = {"order": 0, "branch": 0, "k": k}
     own = [p for p in inspect.signature(policy).parameters if p not in GIVEN]
