@@ -160,7 +160,8 @@ class ReusePlan:
         if len(set(sites)) != len(sites):
             raise PlanError("plan names a site twice; each site may have one column")
         if type(self.order) is not int or self.order not in ORDERS:
-            raise PlanError(f"plan order is {shown(self.order)}, expected 0 (the last value) or 1 (two and their line)")
+            known = "0 (use the last value) or 1 (extrapolate from the last two)"
+            raise PlanError(f"plan order is {shown(self.order)}, expected {known}")
         guided = tuple(bool(g) for g in self.guided) or (True,) * len(mask)
         if len(guided) != len(mask):
             raise PlanError(f"plan says for {len(guided)} calls whether they are guided, expected {len(mask)}")
@@ -252,7 +253,7 @@ class ReusePlan:
     def check_calls(self, calls: int, sampler: str) -> None:
         """Raises: PlanError where the plan was made for another number of calls than the sampler makes."""
         if self.calls != calls:
-            advice = "build it for the number of calls, which for some samplers is not that of steps"
+            advice = "build it for that number of calls; some samplers make more calls than steps"
             raise PlanError(f"the plan is for {self.calls} U-Net calls but sampler {sampler} makes {calls}; {advice}")
 
     @property
@@ -267,7 +268,7 @@ class ReusePlan:
             rows = [self.grid]
         elif not all(self.guided):
             rows.append(f"{_draw(np.array(self.guided))} guided")
-        return "\n".join(rows + ["on the line through the last two values"] * self.order)
+        return "\n".join(rows + ["extrapolated from the last two values (order 1)"] * self.order)
 
     def _key(self) -> tuple[Any, ...]:
         columns = {s: c.tobytes() for s, c in zip(self.sites, self.mask.T, strict=True) if c.any()}

@@ -51,7 +51,7 @@ def build(
     sites = tuple(sites)
     terms = [term.strip() for term in expression.split("|")]
     if k is not None and not takes_count(expression, policies):
-        raise PlanError(f"{expression} takes no number of reuse calls; see the knobs of policies in the README")
+        raise PlanError(f"{expression} has no knob k; see docs/choosing-a-policy.md")
     return reduce(operator.or_, (_term(term, calls, sites, k, which, kind, policies) for term in terms))
 
 

@@ -32,7 +32,7 @@ def read_searched(path: Path) -> Searched:
     if not {"model", "sampler"} <= about.keys():
         raise PlanError(f"{path} does not say what it was searched for; remove it, or search it again")
     if plan.grid is None:
-        raise PlanError(f"{path} differs by site; only step-wise plans can lie among the plans of a model")
+        raise PlanError(f"{path} gives sites different rows; the folder plans/ may hold only step-wise plans")
     return Searched(plan, str(about["model"]), str(about["sampler"]))
 
 
