@@ -143,8 +143,8 @@ def _made_again(args: argparse.Namespace) -> Settings:
         differs.append(to_plain if recipe.compile else to_compiled)
     if bool(recipe.watched) != (args.save_maps is not None):
         to_plain, to_saving = ("with --save-maps", "saves no maps"), ("without --save-maps", "saves maps")
-        was, now = to_plain if recipe.watched else to_saving
-        differs.append((was, f"{now}, so another kernel computes them"))
+        was, does = to_plain if recipe.watched else to_saving
+        differs.append((was, f"{does}, so another kernel computes them"))
     if differs:
         made, now = zip(*differs, strict=True)
         note = f"the file was made {' '.join(made)}; this run {' and '.join(now)}; pixels may differ"
