@@ -1,4 +1,4 @@
-"""minireuse: Stable Diffusion in plain PyTorch whose attention maps can be kept and reused between steps."""
+"""minireuse: Stable Diffusion in plain PyTorch that keeps tensors of the U-Net and reuses them in later steps."""
 
 from __future__ import annotations
 

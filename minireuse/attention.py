@@ -1,8 +1,8 @@
 """Attention that can keep its map or use a kept one, and the transformer blocks around it.
 
-`Attention.forward` is where the method happens. A site that is reused takes its map from the cache and computes
-no queries, no keys and no softmax. A site that is stored writes its map out. All else runs the fused kernel, which
-never makes a map.
+`Attention.forward` is where the method happens. A site that is reused takes its map from the cache, and computes no
+queries, no keys and no softmax. A site that is stored writes its map out. Any other site runs the fused kernel, which
+never makes a map. (Where attention is watched, or maps are asked for as a baseline, they are written out as well.)
 
 Modules are named as in diffusers' checkpoints (`models/attention.py`, `models/transformers/transformer_2d.py`).
 """
@@ -57,9 +57,9 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
 def storing_attention(q: Tensor, k: Tensor, v: Tensor, kept: CacheTensor) -> Tensor:
     """The same as `fused_attention`, leaving the map in `kept`.
 
-    Block by block: what has been computed is kept and multiplied by v before it leaves the processor's cache. A map
-    kept in the dtype of the computation is computed right where it is kept; any other in the same memory again and
-    again, since fresh pages cost more than the softmax.
+    Block by block: what has been computed is kept and multiplied by v before it leaves the processor's cache. If the
+    cache keeps the computation's own dtype, each block is computed in place. If not, all blocks share one scratch
+    buffer, because fresh pages of memory cost more than the softmax.
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):  # gradients need the whole map at once
         y, probs = explicit_attention(q, k, v)
@@ -68,14 +68,15 @@ def storing_attention(q: Tensor, k: Tensor, v: Tensor, kept: CacheTensor) -> Ten
     y = torch.empty_like(q)
     parts = list(blocks(kept.shape, q.device))
     in_place = kept.values if isinstance(kept, FloatTensor) and kept.holds(q) else None
-    scratch = q.new_empty(*q[parts[0]].shape[:3], k.shape[2]) if in_place is None else q
+    scratch = None if in_place is not None else q.new_empty(*q[parts[0]].shape[:3], k.shape[2])
     for block in parts:
-        heads, (images, depth, height, _) = block[:2], q[block].shape
-        room = scratch[:images, :depth, :height] if in_place is None else in_place[block]
-        probs = torch.softmax(attention_scores(q[block], k[heads], out=room), dim=-1, out=room)  # in float32 inside
-        if in_place is None:
+        images_and_heads, (b, heads, n, _) = block[:2], q[block].shape
+        room = in_place[block] if scratch is None else scratch[:b, :heads, :n]  # type: ignore[index]
+        scores = attention_scores(q[block], k[images_and_heads], out=room)
+        probs = torch.softmax(scores, dim=-1, out=room)  # in float32 inside
+        if scratch is not None:
             kept.write(block, probs)
-        y[block] = probs @ v[heads]
+        y[block] = probs @ v[images_and_heads]
     return y
 
 
@@ -139,16 +140,16 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attention that computes its map. Shapes: q (B, K, N, d), k and v (B, K, M, d) -> (B, K, N, d)."""
         site = self.map_site
-        stores = cache is not None and site in step.store
+        keeper = cache if site in step.store else None
         if watch is not None:
             scores = attention_scores(q, k)  # (B, K, N, M)
             changed = watch(site, step.call, scores)
             probs = (scores if changed is None else changed).softmax(dim=-1, dtype=torch.float32).to(v.dtype)
-            if cache is not None and stores:
-                cache.store(site, probs, step, v.dtype)
+            if keeper is not None:
+                keeper.store(site, probs, step, v.dtype)
             return probs @ v
-        if cache is not None and stores:
-            return storing_attention(q, k, v, cache.reserve(site, (*q.shape[:3], k.shape[2]), step, like=v))
+        if keeper is not None:
+            return storing_attention(q, k, v, keeper.reserve(site, (*q.shape[:3], k.shape[2]), step, like=v))
         return explicit_attention(q, k, v)[0] if step.explicit else fused_attention(q, k, v)
 
     def _split(self, x: Tensor) -> Tensor:
@@ -196,12 +197,12 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         """Shapes: x (B, N, D), context (B, M, D') -> (B, N, D)."""
         text = context.kv[self.attn2.address] if isinstance(context, TextKV) else context
-        x = x + _attend_or_reuse(self.attn1, self.norm1, x, None, step, cache, watch)
-        x = x + _attend_or_reuse(self.attn2, self.norm2, x, text, step, cache, watch)
+        x = x + _output_or_kept(self.attn1, self.norm1, x, None, step, cache, watch)
+        x = x + _output_or_kept(self.attn2, self.norm2, x, text, step, cache, watch)
         return x + self.ff(self.norm3(x))
 
 
-def _attend_or_reuse(
+def _output_or_kept(
     attention: Attention,
     norm: nn.LayerNorm,
     x: Tensor,
@@ -210,7 +211,7 @@ def _attend_or_reuse(
     cache: ReuseCache | None,
     watch: Watch | None,
 ) -> Tensor:
-    """The attention's output, or (kind `out`) the kept one: then nothing of the layer runs, its norm included."""
+    """Reuse of outputs; maps are reused in `Attention.forward`. Where one is kept, nothing of the layer runs."""
     site = attention.out_site
     if cache is not None and site in step.reuse:
         return cache.load(site, x.shape, step, like=x).read(x)

@@ -8,8 +8,8 @@ applied to the values of an attention:
 - `CodedMap` and `CodedTensor` keep it in 8 bits with a scale per row.
 - `Extrapolated` is no storage of its own: two kept values, read as a point on the line through both.
 
-Attention maps are large. They are written and applied in blocks that stay in the processor's cache, and no copy of a
-whole map in another type is ever made.
+Attention maps are large. They are written and applied in blocks that stay in the processor's cache. A copy of a whole
+map in another type is made only where attention is watched or gradients are asked for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from torch import Tensor
 from minireuse.plan import Site, StepPlan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.uint8)
-BLOCK_BYTES = {"cpu": 2**23, "cuda": 2**28}  # of float32 values in one block: what stays in a cache, in few launches
+# Bytes of float32 values in one block. On a CPU a block stays in the processor's cache; elsewhere launches are few.
+BLOCK_BYTES = {"cpu": 2**23, "cuda": 2**28}
 
 Block = tuple[slice, slice, slice]  # images, heads, rows
 
@@ -89,10 +90,10 @@ def blocks(shape: Sequence[int], device: torch.device) -> Iterator[Block]:
     Each is contiguous, so that a map can be computed right into it. Shapes: shape (B, K, N, M).
     """
     b, heads, rows, columns = shape
-    least = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"]) // 4 // columns  # rows of a block
-    height = max(1, min(rows, least))
-    depth = max(1, min(heads, least // rows))
-    images = max(1, min(b, least // rows // heads))
+    most = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"]) // 4 // columns  # rows that a block may hold
+    height = max(1, min(rows, most))
+    depth = max(1, min(heads, most // rows))
+    images = max(1, min(b, most // rows // heads))
     for i, k, n in product(range(0, b, images), range(0, heads, depth), range(0, rows, height)):
         yield slice(i, i + images), slice(k, k + depth), slice(n, n + height)
 
@@ -330,7 +331,8 @@ class ReuseCache:
     def load(self, site: Site, shape: Sequence[int], step: StepPlan, like: Tensor) -> CacheTensor | Extrapolated:
         """What was stored, to be applied or read; forgotten by the cache if this is its last read.
 
-        Raises: CacheError where nothing is stored, or it was stored at another shape, dtype or guidance layout.
+        Raises: CacheError where nothing is stored, where one value is and two make a line, or where it was stored at
+        another shape, dtype or guidance layout.
         """
         entry = self.entry(site)
         ahead = dict(step.ahead).get(site)
@@ -341,11 +343,11 @@ class ReuseCache:
             )
         if site in step.half and entry.guided:
             entry = _conditional(site, entry)
+        tensors = [tensor for tensor in (entry.tensor, entry.before) if tensor is not None]
         for what, stored, wanted in (
-            ("shape", entry.tensor.shape, tuple(shape)),
+            *(("shape", tensor.shape, tuple(shape)) for tensor in tensors),
             ("dtype", entry.dtype, like.dtype),
             ("guidance", entry.guided, step.guided),
-            ("shape", entry.tensor.shape if entry.before is None else entry.before.shape, tuple(shape)),
         ):
             if stored != wanted:
                 raise CacheError(
@@ -361,7 +363,8 @@ class ReuseCache:
     def entry(self, site: Site) -> Entry:
         """What is kept of a site, which stays. Raises: CacheError where nothing is."""
         if site not in self._entries:
-            raise CacheError(f"nothing is cached for {site.kind} of {site.address}; was this cache used for call 0?")
+            name = f"{site.kind} of {site.address}"
+            raise CacheError(f"nothing is cached for {name}; was this cache used for all earlier calls of the plan?")
         return self._entries[site]
 
     def put(self, site: Site, entry: Entry) -> None:

@@ -86,9 +86,9 @@ def read_prompts(path: Path | None, model: Path | None, purpose: str, count: int
     Raises: ValueError where there are fewer, or another model has none; OSError.
     """
     if path is None and model is not None:
-        raise ValueError(f"no {purpose} prompts are known for this model; give --prompts-file, one prompt per line")
+        raise ValueError(f"this model has no {purpose} prompts of its own; give --prompts-file, one prompt per line")
     path = path or shipped_model() / "prompts" / f"{purpose}.txt"
     prompts = read_lines(path)
     if count < 1 or len(prompts) < count:
-        raise ValueError(f"{path} holds {len(prompts)} prompts, {count} are wanted; lower {options}")
+        raise ValueError(f"{path} holds {len(prompts)} prompts, but {count} are needed; lower {options}")
     return prompts[:count]

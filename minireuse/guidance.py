@@ -67,8 +67,9 @@ def guided_denoise(
         plan = unguided(plan)
     steps = [replace(plan.step(call), explicit=attention == "explicit") for call in range(plan.calls)]
     # The prompt does not change between calls, so its keys and values are computed here, once per batch layout.
-    conditional = context if guidance_scale == 1 else context.chunk(2)[1]
-    text = {guided: unet.text_kv(context if guided else conditional) for guided in {s.guided for s in steps}}
+    prompt = context if guidance_scale == 1 else context.chunk(2)[1]
+    layouts = {step.guided for step in steps}
+    text = {guided: unet.text_kv(context if guided else prompt) for guided in layouts}
 
     def predict(x: Tensor, t: float, call: int) -> Tensor:
         step = steps[call]

@@ -290,7 +290,7 @@ class Pipeline:
         if any(asked not in (None, own) for asked, own in zip(size, (height, width), strict=True)):
             raise ValueError(f"init_images are {width}x{height}, which is not the size asked for; resize them first")
         if not -1.01 <= images.min() <= images.max() <= 1.01:
-            raise ValueError("init_images leave -1 ... 1; scale them, as in image / 127.5 - 1")
+            raise ValueError("init_images have values outside -1 to 1; scale them, as in image / 127.5 - 1")
         return height, width
 
     def to_images(self, latents: Tensor) -> np.ndarray:

@@ -65,19 +65,21 @@ class Site:
 class StepPlan:
     """What one U-Net call does: the sites it reuses, those it stores, and those it reads for the last time.
 
-    call: its number. guided: False where only the conditional half is computed.
-    explicit: write every attention map out even where it is not stored (the unfused baseline).
-    half: of the sites it reuses, those that a guided call stored while this one is unguided.
-    keep: of the sites it stores, those whose value before stays beside the new one (plans of order 1).
-    ahead: of the sites it reuses, how far beyond the last value on the line through both, in distances between them.
+    A step here is one call of the U-Net, not a step of a solver, which may make several.
+    call: its number. explicit: write every attention map out even where it is not stored (the unfused baseline).
+
+    Where guidance ends: guided is False if only the conditional half is computed; half are the sites it reuses that a
+    guided call stored while this one is unguided.
+    Order 1: keep are the sites it stores whose value before stays beside the new one; ahead has (site, a) for each site
+    that is reused as now + a * (now - before).
     """
 
     reuse: frozenset[Site] = frozenset()
     store: frozenset[Site] = frozenset()
     last: frozenset[Site] = frozenset()
     call: int = 0
-    guided: bool = True
     explicit: bool = False
+    guided: bool = True
     half: frozenset[Site] = frozenset()
     keep: frozenset[Site] = frozenset()
     ahead: frozenset[tuple[Site, float]] = frozenset()
@@ -118,9 +120,16 @@ class _Draft:
         self.half, self.keep, self.ahead = set[Site](), set[Site](), set[tuple[Site, float]]()
 
     def finish(self, call: int, guided: bool) -> StepPlan:
-        reuse, store, last = frozenset(self.reuse), frozenset(self.store), frozenset(self.last)
-        half, keep, ahead = frozenset(self.half), frozenset(self.keep), frozenset(self.ahead)
-        return StepPlan(reuse, store, last, call, guided, half=half, keep=keep, ahead=ahead)
+        return StepPlan(
+            reuse=frozenset(self.reuse),
+            store=frozenset(self.store),
+            last=frozenset(self.last),
+            call=call,
+            guided=guided,
+            half=frozenset(self.half),
+            keep=frozenset(self.keep),
+            ahead=frozenset(self.ahead),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +141,8 @@ class ReusePlan:
     guidance ended, is used as it was.
 
     Shapes: mask (S, L), read-only; guided (S,), all True unless given.
-    Raises: PlanError for a mask of another shape, a reuse in call 0, a repeated site, or another order.
+    Raises: PlanError for a mask of another shape, a reuse in call 0, a repeated site, or another order; at its first
+    `step`, for a guided call that reuses what an unguided one computed.
     """
 
     mask: np.ndarray
@@ -150,7 +160,8 @@ class ReusePlan:
         if len(set(sites)) != len(sites):
             raise PlanError("plan names a site twice; each site may have one column")
         if type(self.order) is not int or self.order not in ORDERS:
-            raise PlanError(f"plan order is {shown(self.order)}, expected 0 (the last value) or 1 (two and their line)")
+            known = "0 (use the last value) or 1 (extrapolate from the last two)"
+            raise PlanError(f"plan order is {shown(self.order)}, expected {known}")
         guided = tuple(bool(g) for g in self.guided) or (True,) * len(mask)
         if len(guided) != len(mask):
             raise PlanError(f"plan says for {len(guided)} calls whether they are guided, expected {len(mask)}")
@@ -242,7 +253,7 @@ class ReusePlan:
     def check_calls(self, calls: int, sampler: str) -> None:
         """Raises: PlanError where the plan was made for another number of calls than the sampler makes."""
         if self.calls != calls:
-            advice = "build it for the number of calls, which for some samplers is not that of steps"
+            advice = "build it for that number of calls; some samplers make more calls than steps"
             raise PlanError(f"the plan is for {self.calls} U-Net calls but sampler {sampler} makes {calls}; {advice}")
 
     @property
@@ -257,7 +268,7 @@ class ReusePlan:
             rows = [self.grid]
         elif not all(self.guided):
             rows.append(f"{_draw(np.array(self.guided))} guided")
-        return "\n".join(rows + ["on the line through the last two values"] * self.order)
+        return "\n".join(rows + ["extrapolated from the last two values (order 1)"] * self.order)
 
     def _key(self) -> tuple[Any, ...]:
         columns = {s: c.tobytes() for s, c in zip(self.sites, self.mask.T, strict=True) if c.any()}

@@ -83,19 +83,20 @@ def phast(
     advice = "`python -m minireuse.search` searches one for this setting"
     if not plans:
         raise PlanError(
-            f"phast needs plans to choose from; {advice}, and minireuse.search.plans_of reads those there are"
+            "phast needs searched plans; search one with `python -m minireuse.search`, "
+            "or read them with minireuse.search.plans_of"
         )
     found = nearest(plans, calls, sites, k, sampler, model, order, spacing)
     if found is None:
-        warnings.warn(f"phast knows no plan for sites like these and takes hurry; {advice}", stacklevel=2)
+        warnings.warn(f"no searched plan covers these sites, so phast uses hurry; {advice}", stacklevel=2)
         return replace(hurry(calls, sites, k=k), order=order)
     plan, exact = found
     if not exact:
         others = ["another model"] * (plan.model != model) + ["other sites"] * (set(plan.plan.sites) != set(sites))
         others += [f"spacing {plan.spacing}"] * plan.is_spaced_otherwise(spacing)
         for_what = f"with {' and '.join(others)} " * bool(others) + f"for {plan}"
-        run = describe(sampler, calls, k, order)
-        warnings.warn(f"phast takes the plan searched {for_what}, fitted to {run}; {advice}", stacklevel=2)
+        note = f"there is no plan for this run ({describe(sampler, calls, k, order)})"
+        warnings.warn(f"{note}; phast uses one searched {for_what}, scaled to this run; {advice}", stacklevel=2)
     return ReusePlan.stepwise(fit(plan.row, calls, k), sites, order)
 
 
@@ -192,8 +193,8 @@ POLICIES: dict[str, Policy] = STEPWISE | RELATIVES
 def select(sites: Iterable[Site], which: str = "both", kind: str = "map", branch: int = 0) -> tuple[Site, ...]:
     """The sites of one kind, in self attention, cross attention or both; of `deep` the one number `branch`.
 
-    Branch 0 skips most: only the first and the last layer of the U-Net still run (DeepCache, arXiv 2312.00858). Further
-    ones run more of the layers, save less, and err less.
+    Branch 0 skips most: only the first and the last layer of the U-Net still run (DeepCache, arXiv 2312.00858). Each
+    further branch computes more layers, saves less time and comes closer to the full sampler.
     Raises: PlanError where there is no such site.
     """
     wanted = {"self": (False,), "cross": (True,), "both": (False, True)}
@@ -202,15 +203,14 @@ def select(sites: Iterable[Site], which: str = "both", kind: str = "map", branch
     if kind not in KINDS:
         raise PlanError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
     if kind == "deep" and which != "both":
-        raise PlanError(f"deep features belong to no attention, but those of {which} attention are asked for")
+        raise PlanError(f"deep features belong to no attention layer; leave out sites={which}")
     if branch and kind != "deep":
         raise PlanError(f"branch numbers the deep features, but kind is {kind!r}; ask for kind deep, or no branch")
-    chosen = [s for s in sites if s.kind == kind]
-    if kind == "deep":
-        branches = sorted(chosen, key=lambda s: s.depth or 0)
+    chosen = [s for s in sites if s.kind == kind and (kind == "deep" or s.is_cross in wanted[which])]
+    if kind == "deep" and chosen:
+        branches = sorted(chosen, key=lambda s: s.depth)
         _require_whole("branch", branch, 0, len(branches) - 1)
         return (branches[branch],)
-    chosen = [s for s in chosen if s.is_cross in wanted[which]]
     if not chosen:
         raise PlanError(f"none of the sites given is of kind {kind!r} in {which} attention; pass pipe.sites")
     return tuple(chosen)

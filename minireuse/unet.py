@@ -156,8 +156,9 @@ class UNet(nn.Module):
     @property
     def sites(self) -> tuple[Site, ...]:
         """Every reusable tensor: maps, outputs, deep features, each kind in the order of the walk."""
-        maps, outs = ([getattr(m, name) for m in self.attention_layers] for name in ("map_site", "out_site"))
-        return (*maps, *outs, *self.deep_sites)
+        maps = [layer.map_site for layer in self.attention_layers]
+        outputs = [layer.out_site for layer in self.attention_layers]
+        return (*maps, *outputs, *self.deep_sites)
 
     def text_kv(self, context: Tensor) -> TextKV:
         """What cross attention makes of the prompt: computed once, it can be given to every call as `context`.
@@ -191,16 +192,16 @@ class UNet(nn.Module):
 
         down, up = self._down_layers(), self._up_layers()
         # At most one deep feature is reused, since it skips the deeper ones: the walk then turns round where it enters.
-        entry = next((j for j, site in enumerate(self.deep_sites) if site in step.reuse), None)
+        turn = next((j for j, site in enumerate(self.deep_sites) if site in step.reuse), None)
         skips = []
-        for layer in down if entry is None else down[: len(down) - entry]:
+        for layer in down if turn is None else down[: len(down) - turn]:
             x = layer(x, time, context, step, cache, watch)  # (B, C_i, h_i, w_i), halved from level to level
             skips.append(x)
-        if cache is None or entry is None:
+        if cache is None or turn is None:
             x = self.mid_block(x, time, context, step, cache, watch)  # (B, C_last, h_last, w_last)
         else:
-            x = cache.load(self.deep_sites[entry], _entering(up[entry], skips[-1]), step, like=x).read(x)
-        for layer, site in list(zip(up, self.deep_sites, strict=True))[entry or 0 :]:
+            x = cache.load(self.deep_sites[turn], _entering(up[turn], skips[-1]), step, like=x).read(x)
+        for layer, site in list(zip(up, self.deep_sites, strict=True))[turn or 0 :]:
             if cache is not None and site in step.store:
                 cache.store(site, x, step, dtype=x.dtype)
             x = layer(torch.cat([x, skips.pop()], dim=1), time, context, step, cache, watch)  # doubled on the way up

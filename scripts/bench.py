@@ -171,7 +171,7 @@ def calls(unet: UNet, scale: Scale) -> dict[str, Callable[[], object]]:
     maps = ReuseCache(scale.dtype)
     stored = select(unet.sites)
     call(StepPlan(store=frozenset(stored)), maps)()
-    held = {site.address: maps.entry(site).kept.values for site in stored}
+    held = {site.address: maps.entry(site).tensor.values for site in stored}
     runs[f"limit map, {own}"] = limited(lambda: without_maps(held))
     runs[f"limit out, {own}"] = limited(without_attention)
     return runs
@@ -245,7 +245,7 @@ def runs(unet: UNet, scale: Scale, compiled: bool = False) -> dict[str, Callable
 
 
 def memory(unet: UNet, scale: Scale) -> dict[str, dict[str, int]]:
-    """Bytes told before a run of HURRY and counted in it, by dtype of the cache."""
+    """Bytes forecast before a run of HURRY and counted in it, by dtype of the cache."""
     with torch.device("meta"):
         empty = UNet(scale.config)
     plan = hurry(2, select(unet.sites), k=1)
@@ -257,8 +257,8 @@ def memory(unet: UNet, scale: Scale) -> dict[str, dict[str, int]]:
         cache = ReuseCache(dtype)
         for call in range(plan.calls):
             unet(x, 500, context, plan.step(call), cache)
-        told = forecast(empty, plan, batch=1, size=shape[2:], cache_dtype=dtype).peak
-        found[str(dtype).removeprefix("torch.")] = {"forecast": told, "counted": cache.peak_nbytes}
+        peak = forecast(empty, plan, batch=1, size=shape[2:], cache_dtype=dtype).peak
+        found[str(dtype).removeprefix("torch.")] = {"forecast": peak, "counted": cache.peak_nbytes}
     return found
 
 

@@ -23,11 +23,11 @@ def prompts() -> dict[str, list[str]]:
     for name, (seed, count) in COUNTS.items():
         made[name], index = [], 0
         while len(made[name]) < count:
-            told = caption(scene_at(seed, index))
+            prompt = caption(scene_at(seed, index))
             index += 1
-            if told not in taken:
-                taken.add(told)
-                made[name].append(told)
+            if prompt not in taken:
+                taken.add(prompt)
+                made[name].append(prompt)
     return made
 
 

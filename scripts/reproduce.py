@@ -109,8 +109,8 @@ def chain(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     ends = {name: interval(values) for name, values in links.items()}
     text = "; ".join(f"{n} {links[n].mean():+.1f} dB [{low:+.1f}, {high:+.1f}]" for n, (low, high) in ends.items())
     text += "".join(f"; {name}: the full sampler takes as long" for name in slow)
-    told = times(rows, *dict.fromkeys(name for pair in pairs.values() for name in pair))
-    text += f". Of the full sampler's time, fused and explicit: {told}"
+    shares = times(rows, *dict.fromkeys(name for pair in pairs.values() for name in pair))
+    text += f". Of the full sampler's time, fused and explicit: {shares}"
     # Where the full sampler is as fast as a plan, that plan saves no time, whatever it paints.
     return {"verdict": "does not hold" if slow else verdicts.above(ends.values()), "text": text}
 

@@ -212,9 +212,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--scenes", type=int, default=SCENES)
-    told = "steps {}; default: {}, or 0 with --start"
-    parser.add_argument("--text-steps", type=int, help=told.format("on captions alone, of the text encoder", 600))
-    parser.add_argument("--half-steps", type=int, help=told.format("on scenes of half the size", 2000))
+    steps_help = "steps {}; default: {}, or 0 with --start"
+    parser.add_argument("--text-steps", type=int, help=steps_help.format("on captions alone, of the text encoder", 600))
+    parser.add_argument("--half-steps", type=int, help=steps_help.format("on scenes of half the size", 2000))
     parser.add_argument("--steps", type=int, default=4700, help="further steps, on the views of --cycle")
     parser.add_argument(
         "--cycle", nargs="+", choices=VIEWS, default=CYCLE, help="views of the further steps, one a step, in turn"
@@ -272,8 +272,8 @@ def main(argv: list[str] | None = None) -> None:
             context = model.text(model.text.tokenize(prompts).to(args.device))
             v = model.unet(x.to(args.device).contiguous(memory_format=torch.channels_last), t.to(args.device), context)
         denoising = F.mse_loss(v.float(), target.to(args.device))
-        told = [i for i, prompt in enumerate(prompts) if prompt]
-        losses = reading_losses(model.reader, context[told].float(), [shown[i] for i in told])
+        prompted = [i for i, prompt in enumerate(prompts) if prompt]
+        losses = reading_losses(model.reader, context[prompted].float(), [shown[i] for i in prompted])
         reading = torch.stack(list(losses.values())).sum()
         return {"loss": denoising + READING * reading, "denoising": denoising, "reading": reading}
 

@@ -86,8 +86,8 @@ def check(image: Array, scene: Scene) -> dict[str, bool]:
     """Which attributes of a scene's caption a picture shows.
 
     Keys: background, count, relation if there is one, and shape_i, colour_i, size_i, fill_i of object i. The objects
-    seen are given to the objects told in the way that makes most attributes right, and the relation is judged then;
-    where two ways are equal, the one that keeps the relation counts.
+    seen are matched with the scene's objects in the way that makes most attributes right, and the relation is judged
+    then; where two ways are equal, the one that keeps the relation counts.
     """
     return compare(read(image), scene)
 
@@ -322,24 +322,24 @@ def _overlap(mask: Array, template: _Template, place: Array) -> float:
     return both / (float(cover.sum()) + float(mask.sum()) - both)
 
 
-# --- what was told ---------------------------------------------------------------------------------------------------
+# --- what was said ---------------------------------------------------------------------------------------------------
 
 
 def compare(seen: Reading, scene: Scene) -> dict[str, bool]:
     """`check` for a picture that has been read already."""
-    told = scene.objects
-    # Objects that were not seen are None; assignments come in the order of `told`.
-    pool = [*seen.objects, *[None] * len(told)]
-    ways = [_judge(told, way, scene.relation) for way in itertools.permutations(pool, len(told))]
+    expected = scene.objects
+    # Objects that were not seen are None; assignments come in the order of `expected`.
+    pool = [*seen.objects, *[None] * len(expected)]
+    ways = [_judge(expected, way, scene.relation) for way in itertools.permutations(pool, len(expected))]
     best = max(ways, key=lambda way: (sum(v for k, v in way.items() if k != "relation"), way.get("relation", False)))
-    return {"background": seen.background == scene.background, "count": len(seen.objects) == len(told), **best}
+    return {"background": seen.background == scene.background, "count": len(seen.objects) == len(expected), **best}
 
 
-def _judge(told: Sequence[Object], seen: Sequence[Found | None], relation: str | None) -> dict[str, bool]:
-    """The attributes of each object told in the object seen that it was given."""
+def _judge(expected: Sequence[Object], seen: Sequence[Found | None], relation: str | None) -> dict[str, bool]:
+    """Whether each object seen has the attributes of the object of the scene that it stands for."""
     right = {
-        f"{attribute}_{i}": s is not None and getattr(t, attribute) == getattr(s, attribute)
-        for i, (t, s) in enumerate(zip(told, seen, strict=True))
+        f"{attribute}_{i}": s is not None and getattr(e, attribute) == getattr(s, attribute)
+        for i, (e, s) in enumerate(zip(expected, seen, strict=True))
         for attribute in ATTRIBUTES
     }
     if relation is not None:

@@ -128,7 +128,7 @@ def parse_caption(text: str) -> Scene | None:
 def vary_caption(scene: Scene, rng: np.random.Generator) -> str:
     """The same scene in free wording: articles, synonyms, order of adjectives; sizes and background may be left out."""
 
-    def told(o: Object) -> str:
+    def phrase_of(o: Object) -> str:
         adjectives = [o.colour]
         if rng.random() < 0.85:
             first = rng.random() < 0.75
@@ -143,9 +143,9 @@ def vary_caption(scene: Scene, rng: np.random.Generator) -> str:
         draw = rng.random()
         return _article(phrase) if draw < 0.75 else f"the {phrase}" if draw < 0.85 else phrase
 
-    words = told(scene.objects[0])
+    words = phrase_of(scene.objects[0])
     if scene.relation:
-        words += f" {rng.choice(RELATION_WORDS[scene.relation])} " + told(scene.objects[1])
+        words += f" {rng.choice(RELATION_WORDS[scene.relation])} " + phrase_of(scene.objects[1])
     if rng.random() < 0.95:
         on = "on" if rng.random() < 0.8 else "against"
         article = _article(scene.background) if rng.random() < 0.85 else scene.background

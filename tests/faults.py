@@ -1,4 +1,4 @@
-"""What the tests of faults have tried, counted by kind and outcome, for the table in the README.
+"""What the tests of faults have tried, counted by kind and outcome, for the table in docs/reliability.md.
 
 `FAULTS=docs/faults.md pytest` writes it, `python scripts/update_readme.py` puts it there.
 """

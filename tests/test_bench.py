@@ -69,16 +69,16 @@ def test_the_report(unet: UNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(bench, "shipped_model", lambda: tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
     bench.main(["--rounds", "1", "--device", "cpu", "--out", str(tmp_path / "out")])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "bench.json").read_text())
     found = results["scales"][SCALE.label]
     for dtype, memory in found["memory"].items():
         assert memory["forecast"] == memory["counted"] > 0, dtype
     times = found["calls"]
     (reuse,), (limit,) = times["reuse map, float32"], times["limit map, float32"]  # of one round
-    assert f"| reuse map, float32 / limit map, float32 | {reuse / limit:.3f} ({reuse / limit:.2f}-" in told
+    assert f"| reuse map, float32 / limit map, float32 | {reuse / limit:.3f} ({reuse / limit:.2f}-" in printed
     median = expected_median(found["runs"], "full", "diffusers", digits=3)
-    assert f"| full / diffusers | {median} (" in told
+    assert f"| full / diffusers | {median} (" in printed
     lines = (tmp_path / "out" / "summary.md").read_text().splitlines()
     cells = dict(line.strip("| ").split(" | ") for line in lines[2:])
     assert cells["full call / diffusers'"] == expected_median(times, "full", "diffusers")

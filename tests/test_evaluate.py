@@ -113,7 +113,7 @@ def test_a_changed_plan_is_not_mixed_with_figures_of_the_old_one(
         assert evaluate.main([*argv, *more]) == 130
     (tmp_path / "p.json").write_text(plan.to_json().replace("...##", "..#.#"))
     assert evaluate.main([*argv, *more]) == 2
-    assert "the journal of other work" in capsys.readouterr().err
+    assert "belongs to a run with other settings" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -160,7 +160,7 @@ def test_prompt_following_comes_from_the_file_given(argv: list[str], tmp_path: P
         (["--policies", "steps:x"], "'steps:x' is not a number of steps"),
         (["--policies", "nonsense"], "policy is 'nonsense'"),
         (["--against", "pab"], "--against is 'pab', expected one of none, hurry"),
-        (["--prompts", "9"], "holds 3 prompts, 9 are wanted"),
+        (["--prompts", "9"], "holds 3 prompts, but 9 are needed"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--equal-latency", "--rounds", "0"], "--equal-latency needs times"),
         (["--check", "nowhere.py"], "nowhere.py"),

@@ -1,4 +1,4 @@
-"""The memory told before a run is the memory of the run, to the byte."""
+"""The memory forecast before a run is the memory of the run, to the byte."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_forecast_is_what_a_run_takes(
         cache = ReuseCache(dtype)
         settings = {"steps": 6, "guidance_scale": guidance_scale, "height": height}
         pipeline.generate(prompts, plan=plan, cache=cache, **settings)
-        told = forecast(
+        expected = forecast(
             empty.unet,
             plan,
             batch=len(prompts),
@@ -42,8 +42,8 @@ def test_forecast_is_what_a_run_takes(
             guided=guidance_scale != 1,
             cache_dtype=dtype,
         )
-        assert told.peak == cache.peak_nbytes > 0
-        assert max(told.sites.values()) <= told.peak <= sum(told.sites.values())
+        assert expected.peak == cache.peak_nbytes > 0
+        assert max(expected.sites.values()) <= expected.peak <= sum(expected.sites.values())
 
 
 def test_stable_diffusion_at_512_pixels() -> None:
@@ -73,14 +73,14 @@ def test_dry_run_reads_no_weights(model_folder: Path, tmp_path: Path, capsys: py
         (copy / config).write_text((model_folder / config).read_text())
     run = ["--prompt", "a star", "a ring", "--steps", "6", "--policy", "hurry", "--dry-run"]
     assert sample.main([*run, "--model", str(copy), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    forecast_report = json.loads(capsys.readouterr().out)
     out = tmp_path / "out"
     assert sample.main([*run[:-1], "--model", str(model_folder), "--json", "--out", str(out)]) == 0
     done = json.loads(capsys.readouterr().out)
-    assert told["cache_peak_bytes"] == done["cache_peak_bytes"] == sum(told["sites"].values())
-    assert (told["plan"], told["batch"]) == ("...###", 2)
+    assert forecast_report["cache_peak_bytes"] == done["cache_peak_bytes"] == sum(forecast_report["sites"].values())
+    assert (forecast_report["plan"], forecast_report["batch"]) == ("...###", 2)
     assert sample.main([*run, "--model", str(copy), "--cache-dtype", "uint8"]) == 0
     *sites, total = capsys.readouterr().out.splitlines()
-    assert len(sites) == len(told["sites"])
-    assert total.endswith("at once, for a batch of 2")
+    assert len(sites) == len(forecast_report["sites"])
+    assert total.endswith("at the fullest moment, for a batch of 2")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]

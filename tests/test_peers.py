@@ -114,12 +114,12 @@ def test_the_gap_at_each_latency_is_to_the_best_of_the_others() -> None:
         "DeepCache, interval 2": row([29.5, 29.5], 1.1, "diffusers"),
         "hurry": row([99.0, 99.0], 0.95),  # too slow for all
     }
-    told = compare_peers.gaps(rows, ["phast", "phast:k=15", "hurry"]).splitlines()[2:]
-    assert len(told) == len(compare_peers.LATENCIES)
-    assert told[1].startswith("| 0.8 of the time | `phast` | 41.0 | `steps:14` | 33.0 | +8.0 [")
-    assert told[3].startswith("| 0.6 of the time | `phast:k=15` | 32.0 | `DeepCache, interval 2` | 29.5 | +2.5 [")
-    assert told[4].startswith("| 0.5 of the time | `phast:k=15` | 32.0 | `deepcache` | 29.0 | +3.0 [")
-    assert told[5] == "| 0.4 of the time | none is as fast |  | none is as fast |  |  |"
+    lines = compare_peers.gaps(rows, ["phast", "phast:k=15", "hurry"]).splitlines()[2:]
+    assert len(lines) == len(compare_peers.LATENCIES)
+    assert lines[1].startswith("| 0.8 of the time | `phast` | 41.0 | `steps:14` | 33.0 | +8.0 [")
+    assert lines[3].startswith("| 0.6 of the time | `phast:k=15` | 32.0 | `DeepCache, interval 2` | 29.5 | +2.5 [")
+    assert lines[4].startswith("| 0.5 of the time | `phast:k=15` | 32.0 | `deepcache` | 29.0 | +3.0 [")
+    assert lines[5] == "| 0.4 of the time | none is as fast |  | none is as fast |  |  |"
 
 
 @pytest.mark.parametrize("layers", [1, 2])

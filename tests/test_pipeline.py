@@ -206,7 +206,7 @@ def test_half_precision_keeps_latents_in_float32(model_folder: Path) -> None:
             r"shape \(1, 3, 16, 16\), expected \(2, 3, H, W\)",
         ),
         ({"init_images": torch.zeros(3, 16, 16)}, "init_images have shape"),
-        ({"init_images": torch.full((2, 3, 16, 16), 200.0)}, "init_images leave -1"),
+        ({"init_images": torch.full((2, 3, 16, 16), 200.0)}, "init_images have values outside -1 to 1"),
         ({"init_images": torch.zeros(2, 3, 16, 16), "height": 24}, "which is not the size asked for"),
     ],
 )

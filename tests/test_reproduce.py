@@ -111,7 +111,7 @@ def test_a_finished_stage_is_not_done_again(given: list[str], tmp_path: Path, mo
     monkeypatch.setattr(claims, "precision", None)
     reproduce.main([*given, "--stages", "single", "precision"])
     assert list(json.loads((tmp_path / "out" / "results.json").read_text())) == ["single", "precision"]
-    with pytest.raises(ValueError, match="the journal of other work"):
+    with pytest.raises(ValueError, match="belongs to a run with other settings"):
         reproduce.main([*given, "--draws", "4", "--stages", "precision"])
 
 

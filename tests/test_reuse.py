@@ -167,7 +167,7 @@ def test_grid_and_str() -> None:
     assert str(dropped) == "..## map  down.attn1\n###. guided"
     assert p.calls == 4
     assert p.reused == 2
-    assert str(replace(plan("..##"), order=1)) == "..##\non the line through the last two values"
+    assert str(replace(plan("..##"), order=1)) == "..##\nextrapolated from the last two values (order 1)"
 
 
 def test_union_takes_both_and_all_sites() -> None:

@@ -106,7 +106,7 @@ def test_plans_of_order_1_are_searched_with_their_order(run, tmp_path: Path) -> 
         assert (plan.order, about["order"]) == (1, 1)
     status, _, err = run("--reuse", "2", "--order", "0", "--out", str(tmp_path / "ddim-6-map-order1-2.json"))
     assert status == 2
-    assert "journal of other work" in err
+    assert "belongs to a run with other settings" in err
 
 
 def test_ctrl_c_ends_a_search_quietly_and_it_goes_on(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,18 +244,21 @@ def test_two_processes_find_the_plan_of_one(run, model_folder: Path, prompts: Pa
     [
         (("--out", "p.json", "--reuse", "1", "2"), "one file for 2 plans"),
         (("--out", "p.json", "--budget", "soon"), "--budget is 'soon'"),
-        (("--out", "p.json", "--budget", "3"), "was spent before p.json was begun"),
+        (("--out", "p.json", "--budget", "3"), "the budget of 3 ended before the search for p.json began"),
         (("--out", "p.json", "--budget-latency", "1.5"), "--budget-latency is 1.5, expected a fraction"),
         (("--out", "p.json", "--budget-latency", "0.5", "--reuse", "2"), "or --reuse, not both"),
-        (("--out", "p.json", "--layerwise"), "give --budget-latency"),
+        (("--out", "p.json", "--layerwise"), "add --budget-latency 0.7"),
         (("--out", "p.json", "--layerwise", "--budget-latency", "0.5", "--branch", "1"), "leave out --branch"),
         (("--out", "p.json", "--branch", "1"), "branch numbers the deep features, but kind is 'map'"),
-        (("--out", "p.json", "--budget-latency", "0.001", "--kind", "deep"), "takes 0.001 of the full sampler's time"),
-        (("--out", "p.json", "--prompts", "9"), "holds 3 prompts, 10 are wanted"),
+        (("--out", "p.json", "--budget-latency", "0.001", "--kind", "deep"), "as fast as 0.001 of the full"),
+        (("--out", "p.json", "--prompts", "9"), "holds 3 prompts, but 10 are needed"),
         (("--out", "p.json", "--reuse", "6"), "k is 6, expected"),
         (("--out", "p.json", "--prompts", "-1"), "--prompts is -1, expected 1 or more"),
         (("--out", "p.json", "--check", "-1"), "--check is -1, expected 0 or more"),
-        (("--out", "p.json", "--kind", "deep", "--sites", "self"), "deep features belong to no attention"),
+        (
+            ("--out", "p.json", "--kind", "deep", "--sites", "self"),
+            "belong to no attention layer; leave out sites=self",
+        ),
         (("--out", "spoilt.json"), "spoilt.json is not a plan"),
         (("--out", "taken.json"), "exists; remove it"),
     ],

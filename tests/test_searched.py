@@ -120,22 +120,24 @@ def test_plans_by_site_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path, "p.json", ".#")
     both = ReusePlan.stepwise(row(".#"), MAPS[:1]) | ReusePlan.stepwise(row(".."), MAPS[1:])
     path.write_text(json.dumps(json.loads(both.to_json()) | {"about": {"model": "aa", "sampler": "ddim"}}))
-    with pytest.raises(PlanError, match="differs by site"):
+    with pytest.raises(PlanError, match="gives sites different rows"):
         read_searched(path)
 
 
 def test_without_a_plan_for_such_sites_phast_is_hurry_and_says_so(tmp_path: Path) -> None:
     maps = read_searched(written(tmp_path, "p.json", "..#.##"))
     deep = (Site("up_blocks.0", "deep"),)
-    with pytest.warns(UserWarning, match="knows no plan for sites like these and takes hurry"):
+    with pytest.warns(UserWarning, match="no searched plan covers these sites, so phast uses hurry"):
         assert phast(6, deep, k=2, plans=[maps], model="aa").grid == "....##"
-    with pytest.warns(UserWarning, match="takes the plan searched with another model and other sites"):
+    with pytest.warns(UserWarning, match="phast uses one searched with another model and other sites"):
         assert phast(9, MAPS, k=3, plans=plans_of()).reused == 3  # of those that ship
 
 
 @pytest.mark.parametrize("given", [{}, {"plans": None}, {"plans": []}])
 def test_phast_reads_no_files_and_says_how_to_get_plans(given: dict) -> None:
-    with pytest.raises(PlanError, match=r"minireuse\.search` searches one .* minireuse\.search\.plans_of reads"):
+    with pytest.raises(
+        PlanError, match=r"search one with .*minireuse\.search`, or read them with minireuse\.search\.plans_of"
+    ):
         phast(8, MAPS, **given)
 
 
@@ -155,4 +157,7 @@ def test_the_command_line_looks_for_plans_beside_the_model(
     assert sample.main([*argv, "--policy", "phast", "--reuse", "2", "--out", str(tmp_path / "b.png")]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["plan"] == fitted_grid(".#.##", 5, 2)
-    assert err.startswith("note: phast takes the plan searched for ddim, 5 calls, 3 of them reused")
+    assert err.startswith(
+        "note: there is no plan for this run (ddim, 5 calls, 2 of them reused); phast uses one searched "
+    )
+    assert "searched for ddim, 5 calls, 3 of them reused, scaled to this run" in err

@@ -104,16 +104,16 @@ def test_close_views_show_one_object_and_tell_of_it_alone() -> None:
     windows, shown = train_unet.close_up(coordinates, scenes, np.random.default_rng(0))
     assert windows.shape == (24, 4, 16, 16)
     for window, scene, alone in zip(windows, scenes, shown, strict=True):
-        (told,) = alone.objects
-        assert told in scene.objects
+        (only,) = alone.objects
+        assert only in scene.objects
         assert (alone.relation, alone.background) == (None, scene.background)
         left, top = 4 * window[0].min(), 4 * window[1].min()  # pixels
-        assert left <= told.x - told.radius + 8
-        assert told.x + told.radius - 8 <= left + 64
-        assert top <= told.y - told.radius + 8
-        assert told.y + told.radius - 8 <= top + 64
+        assert left <= only.x - only.radius + 8
+        assert only.x + only.radius - 8 <= left + 64
+        assert top <= only.y - only.radius + 8
+        assert only.y + only.radius - 8 <= top + 64
         for other in scene.objects:
-            if other is not told:  # its centre is outside
+            if other is not only:  # its centre is outside
                 assert not (left <= other.x <= left + 64 and top <= other.y <= top + 64)
 
 
@@ -137,21 +137,21 @@ def test_the_text_encoder_is_asked_for_each_place() -> None:
     answers = train_text.right_answers(
         Scene((object_of("star", "red"), object_of("ring", "black")), "below", "white", 0.0)
     )
-    told = {
+    answered = {
         place: {q: given[i] if given[i] < 0 else train_text.QUESTIONS[q][given[i]] for q, given in answers.items()}
         for i, place in enumerate(train_text.PLACES)
     }
-    assert {place: t["there"] for place, t in told.items()} == {
+    assert {place: t["there"] for place, t in answered.items()} == {
         "alone": "empty",
         "above": "taken",
         "below": "taken",
         "left of": "empty",
         "right of": "empty",
     }
-    assert (told["below"]["shape"], told["below"]["colour"]) == ("star", "red")
-    assert (told["above"]["shape"], told["above"]["colour"]) == ("ring", "black")
-    assert told["alone"]["shape"] == train_text.IGNORED
-    assert all(t["background"] == "white" for t in told.values())
+    assert (answered["below"]["shape"], answered["below"]["colour"]) == ("star", "red")
+    assert (answered["above"]["shape"], answered["above"]["colour"]) == ("ring", "black")
+    assert answered["alone"]["shape"] == train_text.IGNORED
+    assert all(t["background"] == "white" for t in answered.values())
 
 
 def test_a_text_encoder_learns_from_captions_alone(tmp_path: Path) -> None:

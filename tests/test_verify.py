@@ -121,9 +121,9 @@ def test_objects_stay_inside_the_picture() -> None:
 
 def test_free_captions_use_every_word() -> None:
     rng = np.random.default_rng(0)
-    told = " | ".join(vary_caption(scene_at(5, i), rng) for i in range(400))
+    captions = " | ".join(vary_caption(scene_at(5, i), rng) for i in range(400))
     words = [*COLOURS, *SHAPES, *SIZES, *FILLS, *RELATIONS, "to the left of", "to the right of"]
-    assert [w for w in words if not re.search(rf"\b{w}\b", told)] == []
+    assert [w for w in words if not re.search(rf"\b{w}\b", captions)] == []
 
 
 # --- true captions ---------------------------------------------------------------------------------------------------
@@ -235,8 +235,8 @@ def test_false_captions_are_caught(kind: str, scenes: list[Scene], readings: lis
     caught = []
     for i, (scene, seen) in enumerate(zip(scenes, readings, strict=True)):
         if (altered := ALTERATIONS[kind](scene, i)) is not None:
-            told, expected = altered
-            caught.append({k for k, right in compare(seen, told).items() if not right} == expected)
+            false_scene, expected = altered
+            caught.append({k for k, right in compare(seen, false_scene).items() if not right} == expected)
     assert len(caught) >= 10
     assert np.mean(caught) >= 0.97
 

@@ -78,11 +78,12 @@ def fill(
         if not IGNORED.fullmatch(key):
             other = given.setdefault(name(key), source)
             if other is not source:
-                raise CheckpointError(f"{where} holds both {other.key} and {source.key}, which are one; remove either")
+                names = f"{other.key} and {source.key}, two names of the same tensor"
+                raise CheckpointError(f"{where} holds {names}; remove one")
     if len(files := {source.path for source in given.values()}) == 1:
         where = files.pop()
-    why = "it is of another model than its config says"
-    complain(f"{where} lacks", set(wanted) - set(given), f"it is incomplete, or {why.removeprefix('it is ')}")
+    why = "the config describes another model"
+    complain(f"{where} lacks", set(wanted) - set(given), f"it is incomplete, or {why}")
     complain(f"{where} has unknown", [given[key].key for key in set(given) - set(wanted)], why)
     state: dict[str, Tensor] = {}
     mis_shaped = []

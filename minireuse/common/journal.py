@@ -17,7 +17,7 @@ class Journal:
     """Results by key, appended to a file as they come: JSON lines, the first of which names what the work was.
 
     A line that a kill left unfinished is dropped, at the cost of one result. Without a path it only remembers.
-    Raises: ValueError for a file that is no journal, or the journal of other work.
+    Raises: ValueError for a file that is no journal, or one of a run with other settings.
     """
 
     def __init__(self, path: Path | None = None, settings: dict[str, Any] | None = None) -> None:
@@ -41,7 +41,7 @@ class Journal:
         if not records or "settings" not in records[0]:
             raise ValueError(f"{path} is not a journal; remove it, or name another output")
         if records[0]["settings"] != json.loads(json.dumps(settings)):
-            raise ValueError(f"{path} is the journal of other work; remove it, or name another output")
+            raise ValueError(f"{path} belongs to a run with other settings; remove it, or name another output")
         for number, record in enumerate(records[1:], start=2):
             if not isinstance(record.get("key"), str) or "value" not in record:
                 raise ValueError(f"{path} line {number} holds no key and value; remove that line, or the file")

@@ -16,14 +16,23 @@ CACHE_DTYPES = (*DTYPES, "uint8")
 UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except where the default is to do nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default in (None, "") or action.default is False  # a zero is shown
+        return action.help if nothing else super()._get_help_string(action)
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model, on which device, in which precision."""
     group = parser.add_argument_group("model and machine")
     group.add_argument(
-        "--model", type=Path, metavar="PATH", help="diffusers folder or .safetensors file; default: ours"
+        "--model", type=Path, metavar="PATH", help="diffusers folder or .safetensors file; default: the shipped model"
     )
     group.add_argument("--tokenizer", metavar="PATH|NAME", help="for single files: a folder or a name on the hub")
-    group.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="if the checkpoint is wrong")
+    prediction_help = "what the U-Net predicts; overrides what the checkpoint says"
+    group.add_argument("--prediction-type", choices=PREDICTION_TYPES, help=prediction_help)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     group.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
 
@@ -62,7 +71,7 @@ def parse_timesteps(text: str) -> tuple[float, ...]:
 
 def add_guidance_option(parser: argparse._ActionsContainer) -> None:
     """How far to follow the prompt; `guidance_scale` says what a model makes of it."""
-    help = "1 is off; default: the model's own, 7.5 where it does not tell"
+    help = "how strongly to follow the prompt; 1 turns guidance off; default: the value in the model's files, else 7.5"
     parser.add_argument("--guidance-scale", type=float, metavar="G", help=help)
 
 

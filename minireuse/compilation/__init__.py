@@ -105,7 +105,7 @@ class CompiledUNet:
             y, made = self.graphs[key](x, time, context.kv, parts, ahead)  # compiles at the first time
         except _compile_errors() as error:
             why = reason(getattr(error, "inner_exception", error))
-            raise ValueError(f"the U-Net cannot be compiled here ({why}); leave out compiling") from None
+            raise ValueError(f"the U-Net cannot be compiled here ({why}); leave out --compile") from None
         for site, new in zip(sorted(step.store), made, strict=True):
             before = cache.take_before(site, step)
             if before is not None:  # it moves out of its room before that is filled anew

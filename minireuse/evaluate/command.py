@@ -24,6 +24,7 @@ from minireuse.cache import ReuseCache
 from minireuse.common.journal import Journal
 from minireuse.common.metrics import fidelity, ssim
 from minireuse.common.options import (
+    HelpFormatter,
     add_grid_options,
     add_guidance_option,
     add_model_options,
@@ -65,26 +66,33 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m minireuse.evaluate",
         description="Fidelity to the full sampler, time and memory of policies, on the same prompts, in one run.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     names = "names with knobs, plan files, joined by |, and steps:N for the plain sampler with fewer steps"
     p.add_argument("--policies", nargs="+", metavar="POLICY", help=names)
     p.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
     add_grid_options(p)
-    p.add_argument("--reuse", type=int, metavar="K", help="calls that reuse, where a policy is not told; default: half")
+    reuse_help = "number of reusing calls, for policies that do not set k; default: half of the calls"
+    p.add_argument("--reuse", type=int, metavar="N", help=reuse_help)
     add_guidance_option(p)
     p.add_argument("--prompts-file", type=Path, help="one per line; default: the shipped model's evaluation prompts")
-    p.add_argument("--prompts", type=int, default=40, metavar="N", help="how many of them; prompt i takes seed i")
+    prompts_help = "number of prompts; prompt i uses seed SEED + i"
+    p.add_argument("--prompts", type=int, default=40, metavar="N", help=prompts_help)
     p.add_argument("--seed", type=int, default=SEED, help="seed of the first prompt; searches use those from 0")
     p.add_argument("--batch-size", type=int, default=4, metavar="N", help="prompts rendered together")
-    p.add_argument("--rounds", type=int, default=7, help="timed runs of each policy, in turn; 0 is none")
-    p.add_argument("--equal-latency", action="store_true", help="add the plain sampler of equal time for each policy")
-    p.add_argument("--against", default=FULL, metavar="POLICY", help="print paired differences to this row too")
-    p.add_argument("--fid", choices=EXTRACTORS, help="Fréchet distance to the full sampler's images, in these features")
+    rounds_help = "number of timing rounds; each round times every policy once; 0 skips timing"
+    p.add_argument("--rounds", type=int, default=7, help=rounds_help)
+    equal_help = "for each policy, add the plain sampler that takes the same time"
+    p.add_argument("--equal-latency", action="store_true", help=equal_help)
+    against_help = "also print each row's paired difference to this row"
+    p.add_argument("--against", default=FULL, metavar="POLICY", help=against_help)
+    fid_help = "Fréchet distance to the full sampler's images, computed from these features"
+    p.add_argument("--fid", choices=EXTRACTORS, help=fid_help)
     p.add_argument("--clip-score", metavar="MODEL", help="a CLIP model on the hub, or a folder")
-    p.add_argument(
-        "--check", type=Path, metavar="FILE.py", help="scores prompt-following; default: ours, for our model"
+    check_help = (
+        "Python file that scores how well images follow prompts; default: the shipped one, for the shipped model"
     )
+    p.add_argument("--check", type=Path, metavar="FILE.py", help=check_help)
     add_model_options(p)
     p.add_argument("--out", type=Path, required=True, help="a folder: results.json, table.md, plots, images")
     p.add_argument("--quiet", action="store_true", help="no progress bars")

@@ -50,7 +50,7 @@ def show(args: argparse.Namespace, report: dict[str, Any]) -> None:
     elif args.dry_run:
         for site, size in report["sites"].items():
             print(f"{mebibytes(size):>14}  {site}")
-        print(f"{mebibytes(report['cache_peak_bytes']):>14}  at once, for a batch of {report['batch']}")
+        print(f"{mebibytes(report['cache_peak_bytes']):>14}  at the fullest moment, for a batch of {report['batch']}")
     elif not args.quiet:
         calls, reused = report["calls"], report["reused"]
         files = report["images"][0] if len(report["images"]) == 1 else f"{len(report['images'])} images"
@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if settings.guidance_scale is None:
         settings = replace(settings, guidance_scale=pipeline.guidance_scale)
     if settings.recipe is not None and not args.dry_run and settings.recipe.fingerprint != pipeline.fingerprint:
-        raise ValueError(f"{args.from_png} was made by another model than {settings.model_name}; give its with --model")
+        advice = "name that model with --model"
+        raise ValueError(f"{args.from_png} was made by another model than {settings.model_name}; {advice}")
     init_image = None if settings.init_image is None else read_init_image(settings.init_image, settings, pipeline)
     strength = None if init_image is None else settings.strength
     calls = pipeline.calls(settings.sampler, settings.steps, strength)

@@ -75,11 +75,7 @@ def within_budget(
     shares = weigh(pipeline, plan, fitting, render, size=shape.size, cache_dtype=shape.dtype)
     chosen, names = choose(plan, shares, peak, budget)
     for name in groups:
-        share, does = shares.get(name), "reuses" if name in names else "computes"
-        effect = "larger than the budget"
-        if share is not None:
-            effect = f"squared error {share.damage:.3g}, {1000 * share.saved:.1f} ms saved a call"
-        print(f"note: {name} {does} ({effect})", file=sys.stderr)
+        print(f"note: {name} {_fate(shares.get(name), name in names)}", file=sys.stderr)
     return chosen
 
 
@@ -93,6 +89,16 @@ class Share:
     sites: tuple[Site, ...]
     damage: float
     saved: float
+
+
+def _fate(share: Share | None, reuses: bool) -> str:
+    """What becomes of a group, in words; share: None for one that alone is larger than the budget."""
+    if share is None:
+        return "computes: it alone is larger than the budget"
+    error, time = f"a squared error of {share.damage:.3g}", f"{1000 * share.saved:.1f} ms a call"
+    if reuses:
+        return f"reuses: it changes the first image by {error} and saves {time}"
+    return f"computes: reuse would change the first image by {error} and save {time}"
 
 
 def restrict(plan: ReusePlan, sites: Sequence[Site]) -> ReusePlan:
@@ -156,6 +162,6 @@ def advice_on_memory(unet: UNet, plan: ReusePlan, shape: CacheShape) -> Iterator
             raise
         peak = mebibytes(shape.forecast(unet, plan).peak)
         raise ValueError(
-            f"out of memory with a batch of {shape.batch}, of which the cache takes up to {peak}; try --batch-size 1, "
+            f"out of memory with a batch of {shape.batch}; the cache alone takes up to {peak}; try --batch-size 1, "
             "--cache-dtype uint8, --cache-budget, --sites cross, or a smaller --height and --width"
         ) from None

@@ -219,4 +219,5 @@ def from_png(path: Path) -> tuple[Recipe, str]:
     try:
         return Recipe.from_chunks(chunks), chunks.get("versions", "unknown versions")
     except ValueError as error:
-        raise ValueError(f"{path} does not tell how to make it: {error}; give a PNG that this command wrote") from None
+        advice = "give a PNG that this command wrote"
+        raise ValueError(f"{path} does not contain the settings it was made with: {error}; {advice}") from None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minireuse.common.options import CACHE_DTYPES, grid
-from minireuse.devices import is_available
+from minireuse.devices import is_available, pick_device
 from minireuse.files import read_lines
 from minireuse.pipeline import ATTENTIONS
 from minireuse.sample.options import sample_parser
@@ -79,9 +79,9 @@ def read_settings(args: argparse.Namespace) -> Settings:
     if args.save_maps is not None and args.save_maps.exists() and any(args.save_maps.iterdir()):
         raise ValueError(f"--save-maps {args.save_maps} is not empty; name a new folder")
     if args.save_maps is not None and settings.compile:
-        raise ValueError("--save-maps looks at maps, which --compile hides inside one graph; give one of them")
+        raise ValueError("--save-maps cannot see maps inside compiled graphs; leave out --save-maps or --compile")
     if args.dry_run and args.cache_budget is not None:
-        raise ValueError("--cache-budget measures with the model's weights, --dry-run reads none; give one of them")
+        raise ValueError("--cache-budget needs the model's weights and --dry-run does not read them; leave out one")
     if settings.batch_size < 1:
         raise ValueError(f"--batch-size is {settings.batch_size}, expected 1 or more")
     for name, known in (("sampler", SAMPLERS), ("cache_dtype", CACHE_DTYPES), ("attention", ATTENTIONS)):
@@ -92,9 +92,10 @@ def read_settings(args: argparse.Namespace) -> Settings:
 
 def _asked(args: argparse.Namespace) -> Settings:
     jobs = tuple(itertools.product(_prompts(args), _seeds(args)))
-    sites = args.kind or (None if args.save_maps else args.sites)  # which maps to save is asked with --sites, too
-    if sites is not None and not takes_sites(args.policy):
-        raise ValueError(f"--policy {args.policy} chooses what it reuses itself; leave out --kind and --sites")
+    # With --save-maps, --sites says what to save, whatever the policy reuses.
+    given = args.kind is not None or (args.sites is not None and args.save_maps is None)
+    if given and not takes_sites(args.policy):
+        raise ValueError(f"--policy {args.policy} has its own sites; leave out --kind and --sites")
     return Settings(
         jobs=jobs,
         wanted=tuple(range(len(jobs))),
@@ -132,19 +133,27 @@ def _made_again(args: argparse.Namespace) -> Settings:
     if given:
         raise ValueError(f"--from-png takes everything from the file; leave out --{given[0].replace('_', '-')}")
     recipe, made_with = from_png(args.from_png)
-    differs = [] if made_with == versions() else [f"with {made_with}, and this is {versions()}"]
+    differs: list[tuple[str, str]] = []  # how the file was made, and what this run does instead
+    if made_with != versions():
+        differs.append((f"with {made_with}", f"uses {versions()}"))
     device = args.device
     if device == "auto" and re.fullmatch(r"cpu|mps|cuda(:\d+)?", recipe.device) and is_available(recipe.device):
         device = recipe.device
     elif device != recipe.device:
-        differs.append(f"on {recipe.device}")
+        found = pick_device(device) if device == "auto" else device
+        differs.append((f"on {recipe.device}", f"runs on {found}"))
     compiles = recipe.compile if args.compile is None else bool(args.compile)
     if compiles != recipe.compile:
-        differs.append(f"with{'' if recipe.compile else 'out'} --compile")
-    if recipe.watched and args.save_maps is None:
-        differs.append("with --save-maps, whose maps are computed by another kernel")
+        to_plain, to_compiled = ("with --compile", "does not compile"), ("without --compile", "compiles")
+        differs.append(to_plain if recipe.compile else to_compiled)
+    if bool(recipe.watched) != (args.save_maps is not None):
+        to_plain, to_saving = ("with --save-maps", "saves no maps"), ("without --save-maps", "saves maps")
+        was, does = to_plain if recipe.watched else to_saving
+        differs.append((was, f"{does}, so another kernel computes them"))
     if differs:
-        print(f"note: it was made {' and '.join(differs)}, so pixels may differ", file=sys.stderr)
+        made, now = zip(*differs, strict=True)
+        note = f"the file was made {' '.join(made)}; this run {' and '.join(now)}; pixels may differ"
+        print(f"note: {note}", file=sys.stderr)
     return Settings(
         jobs=recipe.jobs,
         wanted=(recipe.place,),

@@ -46,7 +46,8 @@ def step_wise(
     if not fitting:
         fastest = min(latency(replace(hurry(calls, sites, k=k), order=order)) for k in range(calls))
         raise PlanError(
-            f"no plan over these sites takes {budget} of the full sampler's time; the fastest {fastest:.3f}"
+            f"no plan over these sites is as fast as {budget} of the full sampler's time; "
+            f"the fastest takes {fastest:.3f}"
         )
     allowed = lambda plan: latency(plan) <= budget  # noqa: E731
     results: list[SearchResult] = []
@@ -250,5 +251,6 @@ def greedy(damage: np.ndarray, latency: Callable[[np.ndarray], float], budget: f
 
     chosen = cheapest_first(runs, price, allowed=allowed, enough=lambda chosen: time(chosen) <= budget)
     if time(chosen) > budget:
-        raise PlanError(f"no plan found takes {budget} of the full sampler's time; the fastest {time(chosen):.3f}")
+        fastest = f"the fastest takes {time(chosen):.3f}"
+        raise PlanError(f"no plan found is as fast as {budget} of the full sampler's time; {fastest}")
     return state_of(chosen)

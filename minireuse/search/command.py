@@ -23,6 +23,7 @@ from tqdm import tqdm
 from minireuse.common.journal import Journal
 from minireuse.common.metrics import fidelity
 from minireuse.common.options import (
+    HelpFormatter,
     add_grid_options,
     add_guidance_option,
     add_model_options,
@@ -53,29 +54,39 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m minireuse.search",
         description="Search which U-Net calls should reuse (PHAST), scored by PSNR to the full sampler's images.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add_grid_options(p)
     p.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
-    p.add_argument("--reuse", type=int, nargs="+", metavar="K", help="calls that reuse; default: half of them")
-    p.add_argument(
-        "--budget-latency", type=float, metavar="R", help="choose K too: at most R of the full sampler's time"
+    reuse_help = "number of U-Net calls that reuse; default: half of the calls"
+    p.add_argument("--reuse", type=int, nargs="+", metavar="N", help=reuse_help)
+    latency_help = (
+        "also choose the number of reuse calls, so that the plan takes at most R times the full sampler's time"
     )
-    p.add_argument("--layerwise", action="store_true", help="let layers and kinds differ, within --budget-latency")
-    p.add_argument("--kind", choices=KINDS, help="default: map; with --layerwise all of them side by side")
+    p.add_argument("--budget-latency", type=float, metavar="R", help=latency_help)
+    layerwise_help = "allow a different row for each group of layers and kind; needs --budget-latency"
+    p.add_argument("--layerwise", action="store_true", help=layerwise_help)
+    p.add_argument("--kind", choices=KINDS, help="default: map; with --layerwise: all kinds")
     p.add_argument("--sites", choices=("self", "cross", "both"), default="both")
-    p.add_argument("--branch", type=int, default=0, help="of --kind deep: 0 runs fewest layers, larger numbers more")
-    p.add_argument("--start", choices=STARTS, default="hurry", help="the plan that moves begin at, with --reuse")
-    p.add_argument("--order", type=int, choices=ORDERS, default=0, help="1: reuse the line through the last two values")
+    branch_help = "for --kind deep: branch 0 computes the fewest layers; larger branches compute more"
+    p.add_argument("--branch", type=int, default=0, help=branch_help)
+    start_help = "the plan that a search with --reuse begins at"
+    p.add_argument("--start", choices=STARTS, default="hurry", help=start_help)
+    order_help = "1: extrapolate along the line through the last two values"
+    p.add_argument("--order", type=int, choices=ORDERS, default=0, help=order_help)
     add_guidance_option(p)
     p.add_argument("--prompts-file", type=Path, help="calibration prompts, one per line; default: the shipped model's")
-    p.add_argument("--prompts", type=int, default=4, metavar="N", help="how many of them; prompt i takes seed i")
+    prompts_help = "number of prompts; prompt i uses seed SEED + i"
+    p.add_argument("--prompts", type=int, default=4, metavar="N", help=prompts_help)
     p.add_argument("--seed", type=int, default=0, help="seed of the first prompt")
-    p.add_argument("--check", type=int, default=8, metavar="N", help="further prompts, for scoring the plan found")
+    check_help = "number of further prompts, on which the found plan is scored"
+    p.add_argument("--check", type=int, default=8, metavar="N", help=check_help)
     p.add_argument("--steepest", action="store_true", help="take the best move of all, not the first that improves")
-    p.add_argument("--budget", metavar="N|Nmin", help="stop after so many U-Net calls of this run, or minutes")
+    budget_help = "stop this run after N U-Net calls, or after N minutes (20min)"
+    p.add_argument("--budget", metavar="N|Nmin", help=budget_help)
     add_model_options(p)
-    p.add_argument("--out", type=Path, required=True, help="plan file; a folder for several K")
+    out_help = "plan file; a folder where --reuse names several numbers"
+    p.add_argument("--out", type=Path, required=True, help=out_help)
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     return p
 
@@ -152,7 +163,9 @@ def run(args: argparse.Namespace, ranks: Ranks, command: str) -> None:
                 print(f"{job.out} holds the plan of this search already")
             continue
         if not all(ranks.gather(left())):
-            raise ValueError(f"--budget {args.budget} was spent before {job.out} was begun; give a larger one")
+            raise ValueError(
+                f"the budget of {args.budget} ended before the search for {job.out} began; give a larger one"
+            )
         job.out.parent.mkdir(parents=True, exist_ok=True)
         journal = Journal(job.journal, settings) if ranks.first else Journal()
         costs = None if job.k is not None else known_costs(journal, pipeline, job.groups, args.order, ranks)
@@ -178,7 +191,7 @@ def check_options(args: argparse.Namespace) -> None:
         if getattr(args, name) < least:
             raise ValueError(f"--{name} is {getattr(args, name)}, expected {least} or more")
     if args.layerwise and latency is None:
-        raise ValueError("--layerwise chooses what fits a time; give --budget-latency, such as 0.7")
+        raise ValueError("--layerwise needs a time limit; add --budget-latency 0.7")
     if args.layerwise and args.branch:
         raise ValueError("--layerwise searches all branches; leave out --branch")
     if latency is not None and not 0 < latency < 1:

@@ -53,7 +53,7 @@ def build(
     sites = tuple(sites)
     terms = [term.strip() for term in expression.split("|")]
     if k is not None and not takes_count(expression, policies):
-        raise PlanError(f"{expression} takes no number of reuse calls; see the knobs of policies in the README")
+        raise PlanError(f"{expression} has no knob k; see docs/choosing-a-policy.md")
     return reduce(operator.or_, (_term(term, calls, sites, k, which, kind, policies) for term in terms))
 
 
@@ -87,7 +87,7 @@ def _term(
         if not Path(term).is_file():
             known = ", ".join(policies)
             raise PlanError(f"policy is {term!r}, expected one of {known}, or an existing plan file")
-        return read_plan(Path(term))[0]
+        return read_plan(Path(term), sites)[0]
     policy = policies[name]
     numbers: dict[str, Any] = {"order": 0, "branch": 0, "k": k}
     own = [p for p in inspect.signature(policy).parameters if p not in GIVEN]

@@ -74,7 +74,7 @@ def improve(
 
     scored = list(score(starts))
     if not scored:
-        raise BudgetSpent("the search budget does not even cover the start; give a larger one")
+        raise BudgetSpent("the search budget ends before the starting plan is scored; give a larger one")
     state, start = max(scored, key=lambda found: found[1])
     best = start
     rounds, improved, finished = 0, True, len(scored) == len(starts)
@@ -120,7 +120,7 @@ def draw(state: np.ndarray) -> str:
 def _row(plan: ReusePlan, k: int | None) -> np.ndarray:
     """Which calls a step-wise plan reuses. Shapes: -> (calls, 1)."""
     if plan.grid is None:
-        raise PlanError("the search starts from a step-wise plan; this one differs by site")
+        raise PlanError("the search starts from a step-wise plan; this one gives sites different rows")
     row = np.array([[cell == "#"] for cell in plan.grid])
     if k is not None and row.sum() != k:
         raise PlanError(f"the plan to start from has {row.sum()} reuse calls, expected k = {k}")

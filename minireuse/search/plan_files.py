@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from minireuse.files import parse_json, shipped_model
-from minireuse.plan import PlanError, ReusePlan
+from minireuse.plan import PlanError, ReusePlan, Site
 from minireuse.policies import Searched
 
 
-def read_plan(path: Path) -> tuple[ReusePlan, dict[str, Any]]:
-    """The plan in a file, and what the file says about it. Raises: PlanError, which names the file; OSError."""
+def read_plan(path: Path, sites: Iterable[Site] = ()) -> tuple[ReusePlan, dict[str, Any]]:
+    """The plan in a file, and what the file says about it. Raises: PlanError, which names the file; OSError.
+
+    sites: of the model; files of version 0.1 do not say how deep sites lie.
+    """
     try:
         text = path.read_text(encoding="utf-8")
-        plan, about = ReusePlan.from_json(text), parse_json(text).get("about")
+        plan, about = ReusePlan.from_json(text, sites), parse_json(text).get("about")
     except (PlanError, UnicodeDecodeError) as error:
         raise PlanError(
             f"{path} is not a plan ({error}); give a file that a search or ReusePlan.to_json made"
@@ -28,7 +32,7 @@ def read_searched(path: Path) -> Searched:
     if not {"model", "sampler"} <= about.keys():
         raise PlanError(f"{path} does not say what it was searched for; remove it, or search it again")
     if plan.grid is None:
-        raise PlanError(f"{path} differs by site; only step-wise plans can lie among the plans of a model")
+        raise PlanError(f"{path} gives sites different rows; the folder plans/ may hold only step-wise plans")
     return Searched(plan, str(about["model"]), str(about["sampler"]), str(about.get("spacing") or ""))
 
 
