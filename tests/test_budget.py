@@ -127,7 +127,7 @@ def test_greedy_takes_the_least_damage_for_the_time_saved() -> None:
     latency = lambda state: 1 - 0.1 * state[:, 0].sum() - 0.2 * state[:, 1].sum()  # noqa: E731
     drawn = ["".join(".#"[int(c)] for c in row) for row in greedy(damage, latency, 0.75).T]
     assert drawn == ["..#.", "...#"]  # first (3, B) at 10 a unit, then (2, A) at 10; 0.7 <= 0.75
-    with pytest.raises(PlanError, match=r"the fastest 0\.100"):
+    with pytest.raises(PlanError, match=r"the fastest takes 0\.100"):
         greedy(damage, latency, 0.05)
 
 
@@ -179,7 +179,7 @@ def test_step_wise_chooses_k_and_places_within_a_latency() -> None:
     assert result.score == max(score(plan) for plan in plans if costs.latency(plan) <= 0.85)
     lines = step_wise(scored(score), 6, [A], latency=costs.latency, budget=0.85, order=1)
     assert (lines.plan.order, lines.score) == (1, result.score)
-    with pytest.raises(PlanError, match=r"the fastest 0\.683"):
+    with pytest.raises(PlanError, match=r"the fastest takes 0\.683"):
         step_wise(scored(score), 6, [A], latency=costs.latency, budget=0.5)
 
 

@@ -100,7 +100,7 @@ def test_the_cache_stays_within_its_budget(
     other = ("--init-image", str(tmp_path / "init.png"), "--strength", "0.5", "--guidance-scale", "1")
     assert 0 < peak_of("--cache-budget", "80000B", *other)[0] <= 80000
     assert sample.main([*run, "--cache-budget", "1MiB", "--dry-run"]) == 2
-    assert "give one of them" in capsys.readouterr().err
+    assert "does not read them; leave out one" in capsys.readouterr().err
     assert sample.main([*run, "--cache-budget", "plenty", "--out", str(tmp_path / "b.png")]) == 2
     assert "'plenty' is no amount of memory" in capsys.readouterr().err
 

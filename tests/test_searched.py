@@ -75,7 +75,9 @@ def test_plans_of_each_order_stand_for_themselves(tmp_path: Path) -> None:
         assert policy(6, MAPS, k=3) == ReusePlan.stepwise(row("..#.##"), MAPS)
         assert policy(6, MAPS, k=3, order=1) == ReusePlan.stepwise(row(".#.#.#"), MAPS, 1)
     (tmp_path / "plans" / "b.json").unlink()
-    with pytest.warns(UserWarning, match="3 of them reused, fitted to ddim, 6 calls, 3 of them reused with order 1"):
+    with pytest.warns(
+        UserWarning, match=r"run \(ddim, 6 calls, 3 of them reused with order 1\); .* 3 of them reused, scaled"
+    ):
         plan = partial(phast, plans=plans_of(tmp_path), sampler="ddim", model="aa")(6, MAPS, k=3, order=1)
     assert (plan.grid, plan.order) == ("..#.##", 1)
 
@@ -87,7 +89,9 @@ def test_the_nearest_plan_is_taken_and_named(tmp_path: Path) -> None:
     written(tmp_path / "plans", "d.json", ".#.#.#.#.#.#")
     written(tmp_path / "plans", "e.json", "...#.#", sites=OUTS)
     policy = partial(phast, plans=plans_of(tmp_path), sampler="ddim", model="aa")
-    with pytest.warns(UserWarning, match="searched for ddim, 6 calls, 4 of them reused, fitted to ddim, 7 calls, 3"):
+    with pytest.warns(
+        UserWarning, match=r"run \(ddim, 7 calls, 3 .* searched for ddim, 6 calls, 4 of them reused, scaled"
+    ):
         assert policy(7, MAPS, k=3).reused == 3  # b: the model and the sampler count more than the number of calls
     with pytest.warns(UserWarning, match="searched for ddim, 12 calls"):
         assert policy(10, MAPS, k=5).grid == fitted_grid(".#.#.#.#.#.#", 10, 5)
