@@ -171,7 +171,7 @@ def calls(unet: UNet, scale: Scale) -> dict[str, Callable[[], object]]:
     maps = ReuseCache(scale.dtype)
     stored = select(unet.sites)
     call(StepPlan(store=frozenset(stored)), maps)()
-    held = {site.address: maps.entry(site).kept.values for site in stored}
+    held = {site.address: maps.entry(site).tensor.values for site in stored}
     runs[f"limit map, {own}"] = limited(lambda: without_maps(held))
     runs[f"limit out, {own}"] = limited(without_attention)
     return runs
