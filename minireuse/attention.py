@@ -89,7 +89,7 @@ class TextKV:
     kv: Mapping[str, KV]
 
 
-Text = Tensor | TextKV  # what the U-Net is told: a context (B, M, D'), or what its layers have made of one
+Text = Tensor | TextKV  # what the U-Net is given: a context (B, M, D'), or the keys and values of one
 
 
 class Attention(nn.Module):

@@ -91,7 +91,7 @@ class Pipeline:
     vae: VAE
     text: TextEncoder
     schedule: Schedule
-    guidance_scale: float = GUIDANCE_SCALE  # what `generate` takes unless told
+    guidance_scale: float = GUIDANCE_SCALE  # what `generate` takes where none is given
     compiled: ConditionalUNet | None = None  # what `generate` calls instead of `unet`, such as a `CompiledUNet` of it
 
     @property

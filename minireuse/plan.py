@@ -110,11 +110,17 @@ def values_of(read: np.ndarray, computed: np.ndarray) -> list[Value]:
     return [Value(a, tuple(r for r in range(a + 1, b) if read[r])) for a, b in zip(made, ends, strict=True)]
 
 
-Sets = list[set[Any]]  # one for every call
+class _Draft:
+    """A `StepPlan` in the making."""
 
+    def __init__(self) -> None:
+        self.reuse, self.store, self.last = set[Site](), set[Site](), set[Site]()
+        self.half, self.keep, self.ahead = set[Site](), set[Site](), set[tuple[Site, float]]()
 
-def _sets(calls: int, count: int) -> list[Sets]:
-    return [[set() for _ in range(calls)] for _ in range(count)]
+    def finish(self, call: int, guided: bool) -> StepPlan:
+        reuse, store, last = frozenset(self.reuse), frozenset(self.store), frozenset(self.last)
+        half, keep, ahead = frozenset(self.half), frozenset(self.keep), frozenset(self.ahead)
+        return StepPlan(reuse, store, last, call, guided, half=half, keep=keep, ahead=ahead)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,52 +192,40 @@ class ReusePlan:
 
     @cached_property
     def _steps(self) -> tuple[StepPlan, ...]:
-        reuse, store, last, half, keep, ahead = _sets(self.calls, 6)
+        steps = [_Draft() for _ in range(self.calls)]
         for site, read, computed in zip(self.sites, *(uses.T for uses in self._uses), strict=True):
             values = values_of(read, computed)
             for call, readers in values:
                 if readers:
-                    store[call].add(site)
-                    last[readers[-1]].add(site)
+                    steps[call].store.add(site)
+                    steps[readers[-1]].last.add(site)
                 for reader in readers:
-                    reuse[reader].add(site)
-            self._across_guidance(site, values, half)
+                    steps[reader].reuse.add(site)
+            self._across_guidance(site, values, steps)
             if self.order:
-                self._on_lines(site, values, store, last, keep, ahead)
-        return tuple(
-            StepPlan(
-                reuse=frozenset(reuse[call]),
-                store=frozenset(store[call]),
-                last=frozenset(last[call]),
-                call=call,
-                guided=self.guided[call],
-                half=frozenset(half[call]),
-                keep=frozenset(keep[call]),
-                ahead=frozenset(ahead[call]),
-            )
-            for call in range(self.calls)
-        )
+                self._on_lines(site, values, steps)
+        return tuple(step.finish(call, self.guided[call]) for call, step in enumerate(steps))
 
-    def _across_guidance(self, site: Site, values: Sequence[Value], half: Sets) -> None:
-        """Where guidance ends, a value of both halves is read by calls that compute the conditional one alone."""
+    def _across_guidance(self, site: Site, values: Sequence[Value], steps: Sequence[_Draft]) -> None:
+        """Where guidance ends, calls that compute the conditional half alone read a value of both halves."""
         for call, readers in values:
             for reader in readers:
                 if self.guided[call] and not self.guided[reader]:
-                    half[reader].add(site)
+                    steps[reader].half.add(site)
                 if self.guided[reader] and not self.guided[call]:
                     where = f"{site.kind} of {site.address}"
                     raise PlanError(f"the plan reuses {where} of unguided call {call} in a guided one")
 
-    def _on_lines(self, site: Site, values: Sequence[Value], store: Sets, last: Sets, keep: Sets, ahead: Sets) -> None:
-        """Order 1: whoever reads a value reads the one before it, too, which is stored and stays for that."""
+    def _on_lines(self, site: Site, values: Sequence[Value], steps: Sequence[_Draft]) -> None:
+        """Order 1: whoever reads a value also reads the one before it, which is stored and stays for that."""
         for before, now in pairwise(values):
             if now.readers and self.guided[before.call] == self.guided[now.call]:
-                store[before.call].add(site)
-                keep[now.call].add(site)
+                steps[before.call].store.add(site)
+                steps[now.call].keep.add(site)
                 for reader in before.readers[-1:]:
-                    last[reader].remove(site)
+                    steps[reader].last.remove(site)
                 for reader in now.readers:
-                    ahead[reader].add((site, (reader - now.call) / (now.call - before.call)))
+                    steps[reader].ahead.add((site, (reader - now.call) / (now.call - before.call)))
 
     def step(self, call: int) -> StepPlan:
         """What to do at one call. A site stores only if a later call reads that value."""

@@ -30,10 +30,10 @@ class Searched:
         return tuple(cell == "#" for cell in self.plan.grid or "")
 
     def __str__(self) -> str:
-        return told(self.sampler, self.plan.calls, self.plan.reused, self.plan.order)
+        return describe(self.sampler, self.plan.calls, self.plan.reused, self.plan.order)
 
 
-def told(sampler: str, calls: int, reused: int, order: int) -> str:
+def describe(sampler: str, calls: int, reused: int, order: int) -> str:
     """A setting that plans are searched for, in words."""
     return f"{sampler}, {calls} calls, {reused} of them reused" + f" with order {order}" * (order > 0)
 
@@ -47,7 +47,11 @@ def none(calls: int, sites: Iterable[Site]) -> ReusePlan:
 
 
 def hurry(calls: int, sites: Iterable[Site], *, k: int | None = None) -> ReusePlan:
-    """HURRY: the last k calls reuse, since late reuse distorts the image least."""
+    """HURRY: the last k calls reuse. Where an error grows over the calls that follow it, late reuse distorts least.
+
+    That holds on the paper's models and not on every model: compare it with `interval` on yours.
+    Source: arXiv 2401.01008 eq. 4.
+    """
     k = _reuse_count(calls, k)
     return _stepwise(calls, sites, range(calls - k, calls))
 
@@ -56,7 +60,7 @@ def phast(
     calls: int,
     sites: Iterable[Site],
     *,
-    plans: Iterable[Searched] = (),
+    plans: Iterable[Searched] | None = None,
     k: int | None = None,
     order: int = 0,
     sampler: str = "ddim",
@@ -68,7 +72,7 @@ def phast(
     A warning says what was chosen where no plan was searched for just this run.
     Raises: PlanError without plans.
     """
-    k, sites, plans = _reuse_count(calls, k), tuple(sites), list(plans)
+    k, sites, plans = _reuse_count(calls, k), tuple(sites), list(plans or ())
     advice = "`python -m minireuse.search` searches one for this setting"
     if not plans:
         raise PlanError(
@@ -82,7 +86,7 @@ def phast(
     if not exact:
         others = ["another model"] * (plan.model != model) + ["other sites"] * (set(plan.plan.sites) != set(sites))
         for_what = f"with {' and '.join(others)} " * bool(others) + f"for {plan}"
-        run = told(sampler, calls, k, order)
+        run = describe(sampler, calls, k, order)
         warnings.warn(f"phast takes the plan searched {for_what}, fitted to {run}; {advice}", stacklevel=2)
     return ReusePlan.stepwise(fit(plan.row, calls, k), sites, order)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -100,31 +101,11 @@ def ddim(
         yield Step(model.call, now.t, x, x_0)
 
 
-def euler(
-    denoise: Denoise, x_T: Tensor, schedule: Schedule, timesteps: Sequence[float], *, noise: Noise | None = None
-) -> Iterator[Step]:
-    """Euler's method on d(x / alpha) / d(sigma / alpha) = eps: exactly the step of `ddim` with eta 0, by another name.
-
-    Source: arXiv 2206.00364 eq. 1 for the ODE; crowsonkb/k-diffusion `k_diffusion/sampling.py`, sample_euler.
-    """
-    return ddim(denoise, x_T, schedule, timesteps)
-
-
-def euler_a(
-    denoise: Denoise,
-    x_T: Tensor,
-    schedule: Schedule,
-    timesteps: Sequence[float],
-    *,
-    noise: Noise | None = None,
-    eta: float = 1.0,
-) -> Iterator[Step]:
-    """Euler's method down to sigma_down, then noise of sigma_up: exactly the step of `ddim`, with eta 1.
-
-    With s = sigma / alpha, sigma_up = eta s_then sqrt(1 - s_then^2 / s_now^2); times alpha_then, it is DDIM's eq. 16.
-    Source: crowsonkb/k-diffusion `k_diffusion/sampling.py`, get_ancestral_step and sample_euler_ancestral.
-    """
-    return ddim(denoise, x_T, schedule, timesteps, noise=noise, eta=eta)
+# Euler's method on d(x / alpha) / d(sigma / alpha) = eps is exactly DDIM's step (arXiv 2206.00364 eq. 1). The ancestral
+# one goes down to sigma_down and adds noise of sigma_up: times alpha_then, that is DDIM's eq. 16 with eta 1
+# (crowsonkb/k-diffusion `k_diffusion/sampling.py`, get_ancestral_step).
+euler: Sampler = ddim
+euler_a: Sampler = partial(ddim, eta=1.0)
 
 
 # --- multistep: one call per step, and the answers of earlier ones ---------------------------------------------------
@@ -281,7 +262,15 @@ def dpmpp_2s(
 
 
 SAMPLERS: dict[str, Sampler] = {
-    f.__name__: f for f in (ddim, plms, dpm_solver_2, dpm_solver_3, dpmpp_2s, dpmpp_2m, dpmpp_2m_sde, euler, euler_a)
+    "ddim": ddim,
+    "plms": plms,
+    "dpm_solver_2": dpm_solver_2,
+    "dpm_solver_3": dpm_solver_3,
+    "dpmpp_2s": dpmpp_2s,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "euler": euler,
+    "euler_a": euler_a,
 }
 
 

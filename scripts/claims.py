@@ -27,11 +27,12 @@ from minireuse.common.journal import Journal
 from minireuse.common.metrics import fidelity
 from minireuse.evaluate.command import SEED
 from minireuse.plan import ReusePlan, Site
-from minireuse.policies import early, hurry, phast, select
+from minireuse.policies import Searched, early, hurry, phast, select
 from minireuse.policies import interval as evenly
 from minireuse.policies import random as at_random
-from minireuse.search.plan_files import Searched
 from minireuse.search.render import Renderer
+
+import verdicts
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,6 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
-def verdict(holds: bool, fails: bool) -> str:
-    return "holds" if holds else "does not hold" if fails else "unclear"
-
-
 class Neighbours:
     """How much each map differs from the one of the call before, and from the very first; a `watch` of attention."""
 
@@ -123,7 +120,7 @@ def redundancy(study: Study, count: int = 4) -> dict[str, Any]:
         f"the change since the call before is {ratio:.2f} of the change since the first call (medians over sites)"
     )
     return {
-        "verdict": verdict(typical > 0.9 and ratio < 0.5, typical < 0.5),
+        "verdict": verdicts.redundant(typical, ratio),
         "text": text,
         "addresses": addresses,
         "change": change,
@@ -145,7 +142,7 @@ def single(study: Study, count: int = 8) -> dict[str, Any]:
         f"Spearman correlation of the call with the squared error: {rho:.2f} (p = {p:.1g}); largest {means.max():.3g} "
     )
     text += f"at call {means.argmax() + 1}, smallest {means.min():.3g} at call {means.argmin() + 1}"
-    return {"verdict": verdict(rho < -0.8, rho > 0), "text": text, "damage": damage}
+    return {"verdict": verdicts.falls(rho), "text": text, "damage": damage}
 
 
 class Perturber:
@@ -192,7 +189,7 @@ def growth(study: Study, count: int = 8, size: float = 1e-3) -> dict[str, Any]:
     )
     text += "; in latents divided by their alpha: " + ", ".join(f"{unscaled[c]:+.3f}" for c in calls)
     return {
-        "verdict": verdict(all(low > 0 for low, _ in ends.values()), all(high < 0 for _, high in ends.values())),
+        "verdict": verdicts.grows(ends.values()),
         "text": text,
         "exponents": exponents,
     }
@@ -228,9 +225,8 @@ def heuristic(study: Study, count: int = 4, draws: int = 200) -> dict[str, Any]:
         f"{max(mean[name] for name in others):.1f}); of all {len(place)} plans with {few} of {short} calls number "
         f"{rank}, the best being {max(place, key=lambda name: place[name])}"
     )
-    holds = share > 0.9 and mean["hurry"] > max(mean["early"], mean["interval"])
     found = {"named": {name: mean[name] for name in named}, "random": [mean[name] for name in others], "all": place}
-    return {"verdict": verdict(holds, share < 0.5), "text": text, **found}
+    return {"verdict": verdicts.late_is_best(share, mean), "text": text, **found}
 
 
 def generalisation(study: Study, count: int = 8) -> dict[str, Any]:
@@ -253,9 +249,10 @@ def generalisation(study: Study, count: int = 8) -> dict[str, Any]:
         calls, sites = study.pipe.calls(sampler, steps), select(study.pipe.sites, kind=kind)
         # Only the plans for DDIM and these steps: a plan that was searched for the other setting would carry nothing.
         carried = [p for p in study.plans if (p.sampler, p.plan.calls) == ("ddim", study.steps)]
+        searched = partial(phast, plans=carried) if carried else hurry  # where nothing was searched, nothing is gained
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the plan was searched for something else is the point
-            plans = [f(calls, sites, k=calls // 2) for f in (partial(phast, plans=carried), hurry)]
+            plans = [f(calls, sites, k=calls // 2) for f in (searched, hurry)]
 
         def gain(setting: dict = setting, plans: list[ReusePlan] = plans) -> list[float]:
             render = study.renderer(count, **setting)
@@ -268,8 +265,8 @@ def generalisation(study: Study, count: int = 8) -> dict[str, Any]:
     text = "PHAST over HURRY, dB: " + ", ".join(
         f"{name} {np.mean(gains[name]):+.1f} [{low:+.1f}, {high:+.1f}]" for name, (low, high) in ends.items()
     )
-    others = [low > 0 for name, (low, _) in ends.items() if "as searched" not in name]
-    return {"verdict": verdict(all(others), not any(others)), "text": text, "gains": gains}
+    others = [found for name, found in ends.items() if "as searched" not in name]
+    return {"verdict": verdicts.carries_over(others), "text": text, "gains": gains}
 
 
 def precision(study: Study, count: int = 8) -> dict[str, Any]:
@@ -289,5 +286,5 @@ def precision(study: Study, count: int = 8) -> dict[str, Any]:
     text = "PSNR to the image with a float32 cache, and MiB an image: " + ", ".join(
         f"{name} {value:.1f} dB, {size:.2f}" for name, (value, size) in rows.items()
     )
-    small = min(rows["float16"][0], rows["uint8"][0])
-    return {"verdict": verdict(small > 45, small < 30), "text": text, "rows": rows}
+    small = [rows["float16"][0], rows["uint8"][0]]
+    return {"verdict": verdicts.small_caches_do(small), "text": text, "rows": rows}

@@ -1,7 +1,7 @@
 """The README's picture: `python scripts/make_figure.py --out docs/example.png`.
 
-From above: the full sampler; HURRY and PHAST, both with 10 of 20 calls reusing their attention maps; PHAST with deep
-features instead, held and extrapolated. Prints how close the rows are to the first.
+One row for each policy, with its name at the left; one column for each prompt. All rows start from the same noise. Also
+prints how close each row comes to the first.
 """
 
 from __future__ import annotations
@@ -10,13 +10,19 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import minireuse
 from minireuse.common.metrics import psnr
 from minireuse.search.language import build, policies_for
 
-ROWS = ("none", "hurry", "phast", "phast:kind=deep", "phast:kind=deep,order=1")
+ROWS = {  # policy: what the picture calls it, and what it does
+    "none": ("none", "full sampler"),
+    "hurry": ("hurry", "attention maps,\nlast 10 calls"),
+    "phast": ("phast", "attention maps,\n10 calls, searched"),
+    "phast:kind=deep": ("phast:kind=deep", "deep features,\nheld"),
+    "phast:kind=deep,order=1": ("phast:kind=deep,\norder=1", "deep features,\nextrapolated"),
+}
 PROMPTS = (
     "a large red circle above a small blue star on a yellow background",
     "a large striped teal heart on a pink background",
@@ -27,6 +33,18 @@ PROMPTS = (
     "a large pink diamond above a large teal ring on a purple background",
     "a small striped red square left of a small yellow heart on a black background",
 )
+LABEL_WIDTH = 150  # pixels
+
+
+def label(name: str, what: str, height: int) -> np.ndarray:
+    """A row's name above what it does, black on white. Shapes: -> (height, LABEL_WIDTH, 3) uint8."""
+    image = Image.new("RGB", (LABEL_WIDTH, height), "white")
+    draw = ImageDraw.Draw(image)
+    lines = [(line, 16, "black") for line in name.split("\n")] + [(line, 14, "dimgray") for line in what.split("\n")]
+    top = (height - 20 * len(lines)) // 2
+    for i, (line, size, colour) in enumerate(lines):
+        draw.text((6, top + 20 * i), line, font=ImageFont.load_default(size), fill=colour)
+    return np.array(image)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,9 +57,13 @@ def main(argv: list[str] | None = None) -> None:
     plans = {name: build(name, pipe.calls("ddim", 20), pipe.sites, policies=policies) for name in ROWS}
     seeds = list(range(len(PROMPTS)))
     rows = {name: pipe.generate(PROMPTS, seeds=seeds, plan=plan).images for name, plan in plans.items()}
+    strips = [
+        np.concatenate([label(*ROWS[name], images.shape[1]), *images], axis=1)  # (H, LABEL_WIDTH + B * W, 3)
+        for name, images in rows.items()
+    ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate([np.concatenate(list(images), axis=1) for images in rows.values()])).save(args.out)
-    for name in ROWS[1:]:
+    Image.fromarray(np.concatenate(strips)).save(args.out)
+    for name in list(ROWS)[1:]:
         print(f"{name}: {np.mean(psnr(rows[name], rows['none'])):.1f} dB")
 
 

@@ -32,7 +32,8 @@ from minireuse.search import command as search
 from minireuse.search.plan_files import plans_of
 
 import claims
-from claims import Study, verdict
+import verdicts
+from claims import Study
 from world import caption, parse_caption, vary_caption
 
 matplotlib.use("Agg")
@@ -110,8 +111,8 @@ def chain(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     text += "".join(f"; {name}: the full sampler takes as long" for name in slow)
     told = times(rows, *dict.fromkeys(name for pair in pairs.values() for name in pair))
     text += f". Of the full sampler's time, fused and explicit: {told}"
-    holds = not slow and all(low > 0 for low, _ in ends.values())
-    return {"verdict": verdict(holds, bool(slow) or any(high < 0 for _, high in ends.values())), "text": text}
+    # Where the full sampler is as fast as a plan, that plan saves no time, whatever it paints.
+    return {"verdict": "does not hold" if slow else verdicts.above(ends.values()), "text": text}
 
 
 def tensors(args: argparse.Namespace, study: Study) -> dict[str, Any]:
@@ -154,8 +155,7 @@ def layerwise(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     text += ". Measured: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in taken.items())
     text += "".join(f". No step-wise plan of kind {name} is that fast" for name in slow)
     alike = bool(gains) and all(taken["layers"] <= taken[name] + 0.02 for name in gains)
-    holds = alike and all(low > 0 for low, _ in ends.values())
-    return {"verdict": verdict(holds, any(high < 0 for _, high in ends.values())), "text": text}
+    return {"verdict": verdicts.above(ends.values(), comparable=alike), "text": text}
 
 
 def together(args: argparse.Namespace, study: Study) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def together(args: argparse.Namespace, study: Study) -> dict[str, Any]:
         f"{short} steps with deep reuse take {time:.2f} of the time of {args.steps} and are {ours.mean():.1f} dB from "
         f"their image; {rival} takes {taken[rival]:.2f}: {gain.mean():+.1f} dB [{low:+.1f}, {high:+.1f}] for reuse"
     )
-    return {"verdict": verdict(low > 0, high < 0), "text": text}
+    return {"verdict": verdicts.above([(low, high)]), "text": text}
 
 
 def quality(args: argparse.Namespace, study: Study) -> dict[str, Any]:
@@ -195,8 +195,7 @@ def quality(args: argparse.Namespace, study: Study) -> dict[str, Any]:
         for n, r in summary.items()
     )
     text += f". The distances are of {args.prompts} images: compare them with each other only"
-    holds = bool(drops) and all(high < 0.03 for _, high in drops.values())
-    return {"verdict": verdict(holds, any(low > 0.03 for low, _ in drops.values())), "text": text}
+    return {"verdict": verdicts.keeps_to_prompts(drops.values()), "text": text}
 
 
 def lines(args: argparse.Namespace, study: Study) -> dict[str, Any]:
@@ -217,8 +216,7 @@ def lines(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     )
     used = dict.fromkeys(name for pair in (pairs | others).values() for name in pair)
     text += f". Of the full sampler's time, fused and explicit: {times(rows, *used)}"
-    holds, fails = all(ends[n][0] > 0 for n in pairs), any(ends[n][1] < 0 for n in pairs)
-    return {"verdict": verdict(holds, fails), "text": text}
+    return {"verdict": verdicts.above([ends[n] for n in pairs]), "text": text}
 
 
 STAGES: dict[str, tuple[str, Stage]] = {

@@ -385,10 +385,12 @@ def degrade(image: Array, blur: float, noise: float, rng: np.random.Generator) -
 def _generate(args: argparse.Namespace, scenes: Sequence[Scene]) -> list[Array]:
     """A picture for each scene's plain caption, seeded by its number."""
     import minireuse  # here, so that --validate does without torch
-    from minireuse.search.language import build
+    from minireuse.search import build, policies_for
 
     pipe = minireuse.load(args.model)
-    plan = build(args.policy, pipe.calls("ddim", args.steps), pipe.sites)
+    folder = None if args.model is None else Path(args.model)  # where searched plans may lie
+    policies = policies_for(args.policy, folder, "ddim", lambda: pipe.fingerprint)
+    plan = build(args.policy, pipe.calls("ddim", args.steps), pipe.sites, policies=policies)
     images: list[Array] = []
     for start in tqdm(range(0, len(scenes), 10), desc="generate"):
         prompts = [caption(scene) for scene in scenes[start : start + 10]]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from minireuse import cache as kept
-from minireuse.attention import Attention, attention_probs, fused_attention, storing_attention
-from minireuse.cache import DTYPES, CacheError, Kept, ReuseCache
+from minireuse.attention import Attention, explicit_attention, fused_attention, storing_attention
+from minireuse.cache import DTYPES, CacheError, ReuseCache, new_map
 from minireuse.plan import PLAIN, ReusePlan, StepPlan
 from minireuse.policies import hurry, interval, select
 from minireuse.unet import UNet
@@ -41,7 +41,7 @@ def run(unet: UNet, plan: ReusePlan, cache: ReuseCache) -> list[Tensor]:
 
 def test_probs_are_a_float32_softmax_of_scaled_scores() -> None:
     q, k = torch.randn(2, 3, 5, 4, dtype=torch.float16), torch.randn(2, 3, 7, 4, dtype=torch.float16)
-    probs = attention_probs(q, k)
+    _, probs = explicit_attention(q, k, torch.randn(*k.shape))
     assert probs.dtype == torch.float32
     expected = torch.einsum("bknd,bkmd->bknm", q.double(), k.double()).div(2).softmax(-1)
     torch.testing.assert_close(probs.double(), expected, atol=2e-3, rtol=0)
@@ -68,7 +68,7 @@ def test_plan_without_reuse_is_bit_identical_to_no_plan_and_stores_nothing(unet:
 def reference_attention(recorded: dict[str, Tensor], module: Attention, record: bool) -> Callable[..., Tensor]:
     """Attention written out with einsum, keeping or applying maps in a dictionary: the mechanism at its plainest."""
 
-    def forward(x: Tensor, context: Tensor | None = None, step: object = None, cache: object = None) -> Tensor:
+    def forward(x: Tensor, context: Tensor | None = None, *_: object) -> Tensor:
         context = x if context is None else context
         heads, d = module.heads, x.shape[-1] // module.heads
         q, k, v = (
@@ -278,7 +278,7 @@ def test_deep_reuse_runs_nothing_deeper(unet: UNet, monkeypatch: pytest.MonkeyPa
 
 def test_fused_attention_is_attention() -> None:
     q, k, v = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 7, 4), torch.randn(1, 2, 7, 4)
-    torch.testing.assert_close(fused_attention(q, k, v), attention_probs(q, k) @ v, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fused_attention(q, k, v), explicit_attention(q, k, v)[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kept_in", DTYPES)
@@ -288,24 +288,25 @@ def test_a_stored_map_is_a_float32_softmax_rounded_once_and_is_what_multiplies(
 ) -> None:
     monkeypatch.setitem(kept.BLOCK_BYTES, "cpu", 4 * 33 * 12)  # several blocks to an image, the last one smaller
     q, k, v = (torch.randn(2, 3, n, 8).to(computed_in) for n in (40, 33, 33))
-    held = Kept.empty((2, 3, 40, 33), kept_in, "cpu")
+    held = new_map((2, 3, 40, 33), kept_in, "cpu")
     with torch.no_grad():
         y = storing_attention(q, k, v, held)
     probs = ((q * 8**-0.5) @ k.transpose(-1, -2)).softmax(-1, dtype=torch.float32).to(computed_in)
     # Blocks may be summed in another order: one last digit, of the map and of its products.
     digit = torch.finfo(computed_in).eps
     torch.testing.assert_close(y, probs @ v, atol=4 * digit, rtol=digit)
-    expected = Kept.of_map(probs, kept_in, "cpu")
-    torch.testing.assert_close(
-        held.read(probs), expected.read(probs), atol=0, rtol=digit if held.scale is None else 0.02
-    )
+    expected = new_map(probs.shape, kept_in, "cpu")
+    expected.fill(probs)
+    tolerance = 0.02 if kept_in == torch.uint8 else digit
+    torch.testing.assert_close(held.read(probs), expected.read(probs), atol=0, rtol=tolerance)
 
 
 def test_gradients_pass_through_a_storing_call_and_not_into_the_cache() -> None:
     q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (40, 33, 33))
-    held = Kept.empty((2, 3, 40, 33), torch.float32, "cpu")
+    held = new_map((2, 3, 40, 33), torch.float32, "cpu")
     wanted = torch.autograd.grad(fused_attention(q, k, v).square().sum(), (q, k, v))
     given = torch.autograd.grad(storing_attention(q, k, v, held).square().sum(), (q, k, v))
     torch.testing.assert_close(given, wanted)
-    torch.testing.assert_close(held.values, attention_probs(q, k).detach())
-    assert not held.values.requires_grad
+    kept_map = held.read(v.detach())
+    torch.testing.assert_close(kept_map, explicit_attention(q, k, v)[1].detach())
+    assert not kept_map.requires_grad

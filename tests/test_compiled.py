@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._inductor.config
 from torch import Tensor
+from torch._dynamo import exc
 from torch._dynamo.utils import counters
 
 from minireuse.cache import CacheError, ReuseCache
@@ -133,12 +134,9 @@ def test_a_reusing_call_needs_its_cache(unet: UNet, quick: CompiledUNet) -> None
         quick(torch.zeros(2, 4, 8, 8), 500.0, unet.text_kv(torch.zeros(2, 7, 32)), step, ReuseCache())
 
 
-def test_watching_caches_are_refused(unet: UNet, quick: CompiledUNet) -> None:
-    class Watching(ReuseCache):
-        pass
-
-    with pytest.raises(ValueError, match="show nobody their maps"):
-        outputs(unet, quick, ReusePlan.nothing(1), Watching())
+def test_a_watch_is_refused(unet: UNet, quick: CompiledUNet) -> None:
+    with pytest.raises(ValueError, match="does not show its attention"):
+        quick(torch.zeros(2, 4, 8, 8), 500.0, unet.text_kv(torch.zeros(2, 7, 32)), watch=lambda *seen: None)
 
 
 def test_inductor_computes_the_same(unet: UNet) -> None:
@@ -151,7 +149,7 @@ def test_inductor_computes_the_same(unet: UNet) -> None:
         cache = ReuseCache(torch.uint8)
         unet(x, 900.0, text, StepPlan(store=frozenset({first})), cache)
         found += [by(2 * x, 800.0, text, StepPlan(reuse=frozenset({first}), store=frozenset({second})), cache)]
-        found += [cache.entry(second).kept @ torch.eye(7).expand(2, 2, 7, 7)]  # its map, as numbers
+        found += [cache.entry(second).tensor.apply(torch.eye(7).expand(2, 2, 7, 7))]  # its map, as numbers
     torch.testing.assert_close(found[:2], found[2:], atol=1e-3, rtol=1e-3)  # a code may be rounded the other way
 
 
@@ -161,3 +159,27 @@ def test_without_a_compiler_one_sentence_says_so(unet: UNet, monkeypatch: pytest
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/c++",))
     with pytest.raises(ValueError, match=r"cannot be compiled here .*; leave out compiling"):
         outputs(unet, CompiledUNet(unet), ReusePlan.nothing(1), ReuseCache())
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        ("FailOnRecompileLimitHit", ValueError),
+        ("InternalTorchDynamoError", ValueError),
+        ("OutOfMemoryError", torch.OutOfMemoryError),  # the command line has advice for it
+    ],
+)
+def test_only_what_cannot_be_compiled_is_told_as_that(
+    unet: UNet, monkeypatch: pytest.MonkeyPatch, raised: str, expected: type[Exception]
+) -> None:
+    compiled = CompiledUNet(unet)
+    error = getattr(exc, raised, None) or getattr(torch, raised, None)
+    if error is None:
+        pytest.skip(f"this torch has no {raised}")
+
+    def fail(*args: object) -> None:
+        raise error("no room")
+
+    monkeypatch.setattr(compiled, "_trace", fail)
+    with pytest.raises(expected, match="no room"):
+        outputs(unet, compiled, ReusePlan.nothing(1), ReuseCache())

@@ -11,7 +11,7 @@ from PIL import Image
 
 import minireuse
 from minireuse.attention import Attention
-from minireuse.plan import ReusePlan
+from minireuse.cache import ReuseCache
 from minireuse.policies import interval, select
 from minireuse.sample import command as sample
 from minireuse.sample.maps import MapRecorder, words_of
@@ -30,12 +30,12 @@ def test_watching_changes_no_bit_and_sees_what_is_computed(pipeline: minireuse.P
     plan = interval(3, select(pipeline.sites, "self"), k=1).on(pipeline.sites)
     assert plan.grid == "..#"
     words = [words_of(pipeline.text.pieces(PROMPT))]
-    recorder = MapRecorder(tmp_path, plan, words)
-    seen = pipeline.generate(PROMPT, steps=3, plan=plan, cache=recorder, wrap=recorder.wrap, watch=maps)
+    recorder, cache = MapRecorder(tmp_path, maps, words), ReuseCache()
+    seen = pipeline.generate(PROMPT, steps=3, plan=plan, cache=cache, watch=recorder)
     recorder.finish(seen.images, (8, 8))
     explicit = pipeline.generate(PROMPT, steps=3, plan=plan, attention="explicit")
     assert torch.equal(seen.latents, explicit.latents)
-    assert len(recorder) == 0
+    assert len(cache) == 0
     for site in maps:
         folder = tmp_path / "00000" / ("cross" if site.is_cross else "self") / site.address
         calls = [path.stem for path in sorted(folder.iterdir())]
@@ -51,9 +51,7 @@ def test_a_map_on_disk_is_the_mean_over_heads(pipeline: minireuse.Pipeline, tmp_
     assert isinstance(attention, Attention)
     inputs: list[torch.Tensor] = []
     handle = attention.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    plan = ReusePlan.nothing(1)
-    recorder = MapRecorder(tmp_path, plan, [[]])
-    pipeline.generate(PROMPT, steps=1, cache=recorder, wrap=recorder.wrap, watch=[site])
+    pipeline.generate(PROMPT, steps=1, watch=MapRecorder(tmp_path, [site], [[]]))
     handle.remove()
     x = inputs[0][1:]  # the conditional half
     q, k = (torch.stack(f(x).chunk(attention.heads, dim=-1), dim=1) for f in (attention.to_q, attention.to_k))

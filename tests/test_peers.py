@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import DeepCache
 import diffusers
 import pytest
+import tgate as tgate_package
 import torch
 
 import minireuse
@@ -35,10 +37,9 @@ def ours(pipeline: minireuse.Pipeline, plan: minireuse.plan.ReusePlan, latents: 
 def test_deepcache_agrees_with_its_package(
     pipeline: minireuse.Pipeline, reference: diffusers.StableDiffusionPipeline, every: int, branch: int
 ) -> None:
-    package = pytest.importorskip("DeepCache", reason="extra `peers` is not installed")
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     plain = reference(PROMPT, num_inference_steps=STEPS, latents=latents, output_type="latent").images
-    helper = package.DeepCacheSDHelper(pipe=reference)
+    helper = DeepCache.DeepCacheSDHelper(pipe=reference)
     helper.set_params(cache_interval=every, cache_branch_id=branch)
     helper.enable()
     expected = reference(PROMPT, num_inference_steps=STEPS, latents=latents, output_type="latent").images
@@ -52,10 +53,9 @@ def test_deepcache_agrees_with_its_package(
 def test_tgate_agrees_with_its_package(
     pipeline: minireuse.Pipeline, reference: diffusers.StableDiffusionPipeline, gate: int, every: int, warmup: int
 ) -> None:
-    package = pytest.importorskip("tgate", reason="extra `peers` is not installed")
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     plain = reference(PROMPT, num_inference_steps=STEPS, latents=latents, output_type="latent").images
-    gated = package.TgateSDLoader(reference)
+    gated = tgate_package.TgateSDLoader(reference)
     expected = gated.tgate(
         PROMPT,
         num_inference_steps=STEPS,

@@ -34,24 +34,26 @@ def study(pipeline: minireuse.Pipeline) -> Study:
 
 def test_neighbours_are_compared_with_the_call_before(study: Study) -> None:
     site, watcher = study.maps[0], Neighbours()
-    for call, row in enumerate(([1.0, 0.0], [0.6, 0.8], [0.0, 2.0])):
-        watcher.call = call
-        watcher.store(site, torch.tensor([row]), minireuse.plan.PLAIN, torch.float32)
+    for call, row in enumerate(([1.0, 0.0], [0.6, 0.4], [0.1, 0.9])):
+        watcher(site, call, torch.tensor([row]).log())
     change, cosine, since = watcher.found[site.address, 2]
-    assert change == pytest.approx(np.hypot(0.6, 1.2))
-    assert cosine == pytest.approx(0.8)
-    assert since == pytest.approx(np.sqrt(5))
+    assert change == pytest.approx(np.hypot(0.5, 0.5) / np.hypot(0.6, 0.4))
+    assert cosine == pytest.approx((0.06 + 0.36) / np.hypot(0.6, 0.4) / np.hypot(0.1, 0.9))
+    assert since == pytest.approx(np.hypot(0.9, 0.9))
 
 
 def test_a_perturbed_map_keeps_its_rows_normalised() -> None:
-    watcher = Perturber(at=1, size=0.1, seed=0)
-    probs = torch.softmax(torch.randn(2, 3, 4), dim=-1)
-    before = probs.clone()
-    watcher.store(minireuse.plan.Site("x.attn1", "map"), probs, minireuse.plan.PLAIN, torch.float32)
-    assert torch.equal(probs, before)  # call 0
-    watcher.call = 1
-    watcher.store(minireuse.plan.Site("x.attn1", "map"), probs, minireuse.plan.PLAIN, torch.float32)
-    torch.testing.assert_close(probs.sum(dim=-1), torch.ones(2, 3))
+    """A factor of 1 + noise on every probability, the rows normalised again."""
+    perturb, scores = Perturber(at=1, size=0.1, seed=0), torch.randn(2, 3, 4)
+    before = torch.softmax(scores, dim=-1)
+    site = minireuse.plan.Site("x.attn1", "map")
+    assert perturb(site, 0, scores) is None
+    changed = perturb(site, 1, scores)
+    assert changed is not None
+    noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
+    expected = before * (1 + 0.1 * noise)
+    probs = torch.softmax(changed, dim=-1)
+    torch.testing.assert_close(probs, expected / expected.sum(dim=-1, keepdim=True))
     assert 0.01 < ((probs - before).norm() / before.norm()).item() < 0.3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -79,11 +80,11 @@ def test_what_changes_in_a_straight_line_is_reused_without_error(row: str, site:
     for call in range(p.calls):
         step, value = p.step(call), first + call * slope
         if site in step.reuse:
-            kept = cache.look_up(site, value.shape, step, like=v)
+            kept = cache.load(site, value.shape, step, like=v)
             expected = value if computed > 1 else first
             torch.testing.assert_close(kept.read(v), expected)
             if site.kind == "map":
-                torch.testing.assert_close(kept @ v, torch.einsum("bknm,bkmd->bknd", expected, v))
+                torch.testing.assert_close(kept.apply(v), torch.einsum("bknm,bkmd->bknd", expected, v))
         else:
             computed += 1
         if site in step.store:
@@ -103,7 +104,9 @@ def test_a_line_is_not_drawn_across_the_end_of_guidance() -> None:
     for call, value in values.items():
         value[2:] *= 10  # the conditional half
         cache.store(A, value, p.step(call), torch.float32)
-    torch.testing.assert_close(cache.load(A, (2, 1, 1, 1), p.step(4), like=value), torch.full((2, 1, 1, 1), 130.0))
+    torch.testing.assert_close(
+        cache.load(A, (2, 1, 1, 1), p.step(4), like=value).read(value), torch.full((2, 1, 1, 1), 130.0)
+    )
 
 
 def test_a_line_needs_two_values() -> None:
@@ -119,15 +122,28 @@ def test_a_line_needs_two_values() -> None:
         cache.load(A, value.shape, p.step(2), like=value)
 
 
-def test_plan_from_a_file_learns_depth_from_the_model() -> None:
-    stranger = ReusePlan.from_json(plan(".#", "..", sites=(Site("a", "deep"), Site("b", "map"))).to_json())
-    with pytest.raises(PlanError, match=r"plan\.on"):
-        stranger.step(0)
+def test_a_plan_file_says_how_deep_sites_lie_and_an_old_one_learns_it_from_the_model() -> None:
     own = (Site("a", "deep", depth=3), Site("b", "map", depth=4))
-    p = ReusePlan.from_json(plan(".#", "..", sites=(Site("a", "deep"), Site("b", "map"))).to_json()).on(own)
-    assert [s.depth for s in p.sites] == [3, 4]
+    text = plan(".#", "..", sites=own).to_json()
+    assert [s.depth for s in ReusePlan.from_json(text).sites] == [3, 4]
+    old = {key: value for key, value in json.loads(text).items() if key != "depths"}
+    assert [s.depth for s in ReusePlan.from_json(json.dumps(old), own).sites] == [3, 4]
+    with pytest.raises(PlanError, match="does not say how deep 'a' lies; read it with the model's sites"):
+        ReusePlan.from_json(json.dumps(old))
+    for depths in ([3], {"a": -1}, {"a": "3"}, {"a": True}):
+        with pytest.raises(PlanError, match="field depths is"):
+            ReusePlan.from_json(json.dumps(old | {"depths": depths}))
     with pytest.raises(PlanError, match="map of b and 0 more"):
-        p.on(own[:1])
+        ReusePlan.from_json(text).on(own[:1])
+
+
+def test_what_a_column_of_the_matrix_means_call_by_call() -> None:
+    """The example in `values_of`, against sets drawn by hand."""
+    p = plan(".##..#")
+    assert "".join("s" if A in p.step(i).store else "." for i in range(6)) == "s...s."
+    assert "".join("r" if A in p.step(i).reuse else "." for i in range(6)) == ".rr..r"
+    assert "".join("l" if A in p.step(i).last else "." for i in range(6)) == "..l..l"
+    assert [p.step(i).call for i in range(6)] == [0, 1, 2, 3, 4, 5]
 
 
 def test_plan_is_immutable_and_copies_its_mask() -> None:
@@ -240,7 +256,7 @@ def test_cache_counts_bytes_and_forgets_after_the_last_read() -> None:
     assert cache.nbytes == cache.peak_nbytes == 2 * 4 * 8 * 8 * 2
     cache.store(B, value, PLAIN, torch.float32)
     assert cache.nbytes == 2 * 2 * 4 * 8 * 8 * 2
-    middle = cache.load(A, value.shape, StepPlan(reuse=frozenset({A})), like=value)
+    middle = cache.load(A, value.shape, StepPlan(reuse=frozenset({A})), like=value).read(value)
     torch.testing.assert_close(middle, value, atol=1e-3, rtol=0)
     assert middle.dtype == torch.float32
     cache.load(A, value.shape, StepPlan(reuse=frozenset({A}), last=frozenset({A})), like=value)
@@ -258,13 +274,13 @@ def test_where_guidance_ends_the_cache_gives_the_conditional_half_or_the_mean() 
     assert [A in p.step(i).half for i in range(6)] == [False] * 4 + [True] * 2
     cache, value = ReuseCache(torch.float32), torch.rand(4, 2, 3, 3)
     cache.store(A, value, p.step(1), torch.float32)
-    torch.testing.assert_close(cache.load(A, (4, 2, 3, 3), p.step(3), like=value), value)
-    torch.testing.assert_close(cache.load(A, (2, 2, 3, 3), p.step(4), like=value), value[2:])
+    torch.testing.assert_close(cache.load(A, (4, 2, 3, 3), p.step(3), like=value).read(value), value)
+    torch.testing.assert_close(cache.load(A, (2, 2, 3, 3), p.step(4), like=value).read(value), value[2:])
 
     for site, expected in ((A_OUT, value[2:]), (B_OUT, (value[:2] + value[2:]) / 2)):  # the mean for cross attention
         p = ReusePlan(plan(".##", sites=(site,)).mask, (site,), (True, False, False))
         cache.store(site, value, p.step(0), torch.float32)
-        torch.testing.assert_close(cache.load(site, (2, 2, 3, 3), p.step(1), like=value), expected)
+        torch.testing.assert_close(cache.load(site, (2, 2, 3, 3), p.step(1), like=value).read(value), expected)
 
     backwards = ReusePlan(plan(".#").mask, (A,), (False, True))
     with pytest.raises(PlanError, match="unguided call 0"):
@@ -275,7 +291,7 @@ def test_cache_keeps_its_own_copy() -> None:
     cache, value = stored(torch.float32)
     kept = value.clone()
     value.zero_()
-    torch.testing.assert_close(cache.load(A, kept.shape, PLAIN, like=kept), kept)
+    torch.testing.assert_close(cache.load(A, kept.shape, PLAIN, like=kept).read(kept), kept)
 
 
 @pytest.mark.parametrize(

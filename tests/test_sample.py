@@ -187,7 +187,7 @@ def test_every_option_arrives_where_it_belongs(
         return original(self, prompts, **given)
 
     original = minireuse.Pipeline.generate
-    monkeypatch.setattr("minireuse.common.options.load", load)
+    monkeypatch.setattr("minireuse.sample.command.load", load)
     monkeypatch.setattr(minireuse.Pipeline, "generate", generate)
     options = (
         "--negative-prompt cross --sampler ddim --guidance-scale 3 --eta 0.25 --attention explicit --width 24 --seed 9"

@@ -11,10 +11,9 @@ import pytest
 
 import minireuse
 from minireuse.plan import PlanError, ReusePlan, Site
-from minireuse.policies import phast, select
+from minireuse.policies import fit, phast, select
 from minireuse.sample import command as sample
-from minireuse.search import read_searched
-from minireuse.search.plan_files import fit, plans_of
+from minireuse.search import plans_of, read_searched
 
 MAPS = tuple(Site(f"block.{name}", "map") for name in ("attn1", "attn2"))
 OUTS = tuple(Site(s.address, "out") for s in MAPS)
@@ -96,9 +95,6 @@ def test_the_nearest_plan_is_taken_and_named(tmp_path: Path) -> None:
         partial(phast, plans=plans_of(tmp_path), sampler="plms", model="cc")(7, MAPS, k=3)
     with pytest.warns(UserWarning, match="6 calls, 2 of them"):
         assert policy(6, OUTS, k=3).sites == OUTS
-    deep = (Site("up_blocks.0", "deep"),)
-    with pytest.warns(UserWarning, match="knows no plan for sites like these and takes hurry"):
-        assert partial(phast, plans=plans_of(), model="aa")(6, deep, k=2).grid == "....##"
 
 
 def fitted_grid(grid: str, calls: int, k: int) -> str:
@@ -128,12 +124,19 @@ def test_plans_by_site_are_refused(tmp_path: Path) -> None:
         read_searched(path)
 
 
-def test_without_a_plan_phast_is_hurry_and_says_so() -> None:
-    other = (Site("nowhere.attn1", "deep"),)
-    with pytest.warns(UserWarning, match="hurry"):
-        assert partial(phast, plans=plans_of())(8, other, k=3).grid == ".....###"
-    with pytest.warns(UserWarning, match="phast"):  # the plans that ship, or none
-        assert partial(phast, plans=plans_of())(9, MAPS, k=3).reused == 3
+def test_without_a_plan_for_such_sites_phast_is_hurry_and_says_so(tmp_path: Path) -> None:
+    maps = read_searched(written(tmp_path, "p.json", "..#.##"))
+    deep = (Site("up_blocks.0", "deep"),)
+    with pytest.warns(UserWarning, match="knows no plan for sites like these and takes hurry"):
+        assert phast(6, deep, k=2, plans=[maps], model="aa").grid == "....##"
+    with pytest.warns(UserWarning, match="takes the plan searched with another model and other sites"):
+        assert phast(9, MAPS, k=3, plans=plans_of()).reused == 3  # of those that ship
+
+
+@pytest.mark.parametrize("given", [{}, {"plans": None}, {"plans": []}])
+def test_phast_reads_no_files_and_says_how_to_get_plans(given: dict) -> None:
+    with pytest.raises(PlanError, match=r"minireuse\.search` searches one .* minireuse\.search\.plans_of reads"):
+        phast(8, MAPS, **given)
 
 
 def test_the_command_line_looks_for_plans_beside_the_model(

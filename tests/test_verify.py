@@ -262,3 +262,9 @@ def test_command_line_validates(capsys: pytest.CaptureFixture[str]) -> None:
     assert verify.main(["--validate", "--scenes", "3"]) == 0
     lines = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert float(lines["attributes"]) >= 0.99
+
+
+@pytest.mark.filterwarnings("ignore:phast takes")  # no plan was searched for so few steps
+def test_every_policy_can_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify.main(["--policy", "phast", "--scenes", "1", "--steps", "3"]) == 0
+    assert "prompts" in capsys.readouterr().out

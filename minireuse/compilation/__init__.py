@@ -103,7 +103,7 @@ class CompiledUNet:
             if key not in self.graphs:
                 self.graphs[key] = self._trace(Call(self.unet, same, read, cache), (x, time, context.kv, parts, ahead))
             y, made = self.graphs[key](x, time, context.kv, parts, ahead)  # compiles at the first time
-        except RuntimeError as error:  # torch's own errors of compiling are all of that kind
+        except _compile_errors() as error:
             why = reason(getattr(error, "inner_exception", error))
             raise ValueError(f"the U-Net cannot be compiled here ({why}); leave out compiling") from None
         for site, new in zip(sorted(step.store), made, strict=True):
@@ -151,3 +151,14 @@ def _kept(site: Site, values: Tensor, scale: Tensor | None) -> CacheTensor:
 
 def _layout(*tensors: Tensor | None) -> object:
     return tuple(t if t is None else (t.shape, t.dtype, t.device) for t in tensors)
+
+
+def _compile_errors() -> tuple[type[Exception], ...]:
+    """torch's own errors of compiling, and no others: a run out of memory must be told as that.
+
+    The names are private and not the same in all versions of torch, so they are looked up when an error is there.
+    """
+    from torch._dynamo import exc
+
+    names = ("TorchDynamoException", "FailOnRecompileLimitHit")
+    return tuple(getattr(exc, name) for name in names if hasattr(exc, name))

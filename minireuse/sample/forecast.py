@@ -1,4 +1,4 @@
-"""How many bytes a plan's cache will hold, told before the run: the U-Net follows the plan without numbers."""
+"""How many bytes a plan's cache will hold, known before the run: the U-Net follows the plan without numbers."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,44 +11,68 @@ from typing import Any
 import numpy as np
 import torch
 
-from minireuse.common.options import guidance_scale, mebibytes, parse_bytes
+from minireuse.common.options import mebibytes
 from minireuse.pipeline import Pipeline
 from minireuse.plan import ReusePlan, Site
 from minireuse.sample.forecast import Forecast, forecast
 from minireuse.search import cheapest_first, groups_of, measure
+from minireuse.unet import UNet
 
 
-def foretell(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, batch: int) -> dict[str, Any]:
-    """What `--dry-run` tells: the bytes that a batch will keep, by site and at its fullest moment."""
-    found = _forecast(args, pipeline, plan, batch)
-    return {
-        "sites": {f"{site.kind} of {site.address}": size for site, size in found.sites.items()},
-        "cache_peak_bytes": found.peak,
-        "cache_dtype": args.cache_dtype,
-        "batch": batch,
-        "calls": plan.calls,
-        "reused": plan.reused,
-        "plan": plan.grid,
-        "order": plan.order,
-    }
+@dataclass(frozen=True)
+class CacheShape:
+    """What the bytes of a cache depend on, beside the U-Net and the plan.
+
+    Shapes: size (h, w) of the latents. tokens: M of the text encoder.
+    """
+
+    batch: int
+    size: tuple[int, int]
+    tokens: int
+    guided: bool
+    dtype: torch.dtype
+
+    def forecast(self, unet: UNet, plan: ReusePlan) -> Forecast:
+        """The bytes of a plan's cache, known before the run."""
+        return forecast(
+            unet,
+            plan,
+            batch=self.batch,
+            size=self.size,
+            tokens=self.tokens,
+            guided=self.guided,
+            cache_dtype=self.dtype,
+        )
+
+    def report(self, unet: UNet, plan: ReusePlan) -> dict[str, Any]:
+        """What `--dry-run` prints: the bytes that a batch will keep, by site and at its fullest moment."""
+        found = self.forecast(unet, plan)
+        return {
+            "sites": {f"{site.kind} of {site.address}": size for site, size in found.sites.items()},
+            "cache_peak_bytes": found.peak,
+            "cache_dtype": str(self.dtype).removeprefix("torch."),
+            "batch": self.batch,
+            "calls": plan.calls,
+            "reused": plan.reused,
+            "plan": plan.grid,
+            "order": plan.order,
+        }
 
 
 def within_budget(
-    args: argparse.Namespace,
-    pipeline: Pipeline,
-    plan: ReusePlan,
-    batch: int,
-    render: Callable[[ReusePlan], np.ndarray],
+    budget: int, pipeline: Pipeline, plan: ReusePlan, shape: CacheShape, render: Callable[[ReusePlan], np.ndarray]
 ) -> ReusePlan:
-    """The plan with as many sites as `--cache-budget` has room for, by what they do to the first image; tells which."""
-    budget, plan = parse_bytes(args.cache_budget), plan.on(pipeline.sites)
-    peak = lambda p: _forecast(args, pipeline, p, batch).peak  # noqa: E731
+    """The plan with as many sites as the budget has room for, by what they do to the first image; notes say which.
+
+    Units: budget in bytes.
+    """
+    plan = plan.on(pipeline.sites)
+    peak = lambda p: shape.forecast(pipeline.unet, p).peak  # noqa: E731
     if peak(plan) <= budget:
         return plan
     groups = groups_of(plan.sites, len(pipeline.unet.config.block_out_channels))
     fitting = {name: sites for name, sites in groups.items() if peak(restrict(plan, sites)) <= budget}
-    size, dtype = pipeline.latent_size(args.height, args.width), getattr(torch, args.cache_dtype)
-    shares = weigh(pipeline, plan, fitting, render, size=size, cache_dtype=dtype)
+    shares = weigh(pipeline, plan, fitting, render, size=shape.size, cache_dtype=shape.dtype)
     chosen, names = choose(plan, shares, peak, budget)
     for name in groups:
         share, does = shares.get(name), "reuses" if name in names else "computes"
@@ -123,28 +146,16 @@ def weigh(
     }
 
 
-def _forecast(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, batch: int) -> Forecast:
-    return forecast(
-        pipeline.unet,
-        plan,
-        batch=batch,
-        size=pipeline.latent_size(args.height, args.width),
-        tokens=pipeline.text.length,
-        guided=guidance_scale(args, pipeline) != 1,
-        cache_dtype=getattr(torch, args.cache_dtype),
-    )
-
-
 @contextmanager
-def advice_on_memory(args: argparse.Namespace, pipeline: Pipeline, plan: ReusePlan, batch: int) -> Iterator[None]:
+def advice_on_memory(unet: UNet, plan: ReusePlan, shape: CacheShape) -> Iterator[None]:
     """Where memory runs out, say what would help. Raises: ValueError then."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        peak = mebibytes(_forecast(args, pipeline, plan, batch).peak)
+        peak = mebibytes(shape.forecast(unet, plan).peak)
         raise ValueError(
-            f"out of memory with a batch of {batch}, of which the cache takes up to {peak}; try --batch-size 1, "
+            f"out of memory with a batch of {shape.batch}, of which the cache takes up to {peak}; try --batch-size 1, "
             "--cache-dtype uint8, --cache-budget, --sites cross, or a smaller --height and --width"
         ) from None

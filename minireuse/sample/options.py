@@ -43,13 +43,13 @@ def sample_parser() -> argparse.ArgumentParser:
     add_guidance_option(how)
     how.add_argument("--eta", type=float, default=0.0, help="noise added by ddim, 0 none to 1")
     how.add_argument("--attention", choices=ATTENTIONS, default="fused", help="kernel of calls that keep no map")
-    told = "torch.compile the U-Net: slow at first, faster after that"
-    how.add_argument("--compile", action=argparse.BooleanOptionalAction, help=told)
+    compile_help = "torch.compile the U-Net: slow at first, faster after that"
+    how.add_argument("--compile", action=argparse.BooleanOptionalAction, help=compile_help)
     how.add_argument("--batch-size", type=int, default=4, metavar="N", help="images sampled together")
     reuse = p.add_argument_group("what to reuse")
     policy_help = f"{', '.join(POLICIES)} (with knobs: deepcache:every=3,order=1), a plan file, or several joined by |"
     reuse.add_argument("--policy", default="none", metavar="POLICY", help=policy_help)
-    reuse.add_argument("--reuse", type=int, metavar="K", help="U-Net calls that reuse; default: half of them")
+    reuse.add_argument("--reuse", type=int, metavar="N", help="U-Net calls that reuse; default: half of them")
     reuse.add_argument("--sites", choices=("self", "cross", "both"), help="of which attention; default: both")
     reuse.add_argument("--kind", choices=KINDS, help="attention maps (default), attention outputs, or deep features")
     reuse.add_argument("--cache-dtype", choices=CACHE_DTYPES, default="float16")

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from minireuse.files import parse_json, shown
-from minireuse.plan import ReusePlan
+from minireuse.plan import PlanError, ReusePlan, Site
 
 T = TypeVar("T")
 SHIPPED = "shipped"  # the name of the model that comes with the package
@@ -37,6 +37,7 @@ PLAIN: dict[str, Callable[[str], Any]] = {
     "device": str,
     "cache_dtype": str,
     "policy": str,
+    "plan": str,
     "model": str,
     "fingerprint": str,
     "prediction_type": str,
@@ -49,8 +50,9 @@ class Recipe:
     """Everything that a picture's pixels depend on, beside the machine and its libraries.
 
     jobs: prompts and seeds of the batch it was sampled in, of which it is number `place`; matrix products may sum in
-    another order for another batch. init_image: path and digest, or empty. model: a path. fingerprint: of the U-Net.
-    watched: the sites of which --save-maps wrote the maps, or empty; these are computed by another kernel.
+    another order for another batch. init_image: path and digest, or empty. plan: as JSON. model: a path.
+    fingerprint: of the U-Net. watched: the sites of which --save-maps wrote the maps, or empty; then every map is
+    computed by another kernel.
     """
 
     jobs: tuple[tuple[str, int], ...]
@@ -70,7 +72,7 @@ class Recipe:
     device: str
     cache_dtype: str
     policy: str
-    plan: ReusePlan
+    plan: str
     model: str
     fingerprint: str
     prediction_type: str
@@ -85,7 +87,6 @@ class Recipe:
             **{name: str(getattr(self, name)) for name in PLAIN},
             "size": f"{self.width}x{self.height}",
             "init_image": json.dumps(self.init_image),
-            "plan": self.plan.to_json(),
             "batch": json.dumps({"place": self.place, "jobs": self.jobs}),
             "versions": versions(),
         }
@@ -96,6 +97,14 @@ class Recipe:
             "".join(replace(self, jobs=(("", 0),), place=0).chunks().values()).encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"a path or a text is not UTF-8 ({error.reason}), which a PNG cannot hold") from None
+
+    def plan_over(self, sites: Iterable[Site]) -> ReusePlan:
+        """The plan, over a model's own sites. Raises: ValueError for what is none."""
+        try:
+            return ReusePlan.from_json(self.plan, sites)
+        except PlanError as error:
+            advice = "give a PNG that this command wrote"
+            raise ValueError(f"the picture's text 'plan' is {shown(self.plan)} ({error}); {advice}") from None
 
     @classmethod
     def from_chunks(cls, chunks: dict[str, str]) -> Recipe:
@@ -126,7 +135,6 @@ class Recipe:
             height=height,
             width=width,
             init_image=get("init_image", _init_image),
-            plan=get("plan", ReusePlan.from_json),
             **plain,
         )
 

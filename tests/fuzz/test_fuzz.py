@@ -215,7 +215,7 @@ def recipe(pipeline: object) -> dict[str, str]:
         device="cpu",
         cache_dtype="float16",
         policy="hurry",
-        plan=plan,
+        plan=plan.to_json(),
         model="shipped",
         fingerprint="0" * 12,
         prediction_type="epsilon",
