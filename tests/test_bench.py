@@ -32,7 +32,7 @@ def test_the_limit_of_maps_is_a_reusing_call_without_looking_anything_up(unet: U
     sites, cache = frozenset(select(unet.sites)), ReuseCache(torch.float32)
     text = unet.text_kv(context)
     unet(x, 500, text, StepPlan(store=sites), cache)
-    maps = {site.address: cache.load(site, cache.entry(site).tensor.shape, StepPlan(), x).read(x) for site in sites}
+    maps = {site.address: cache.entry(site).tensor.values for site in sites}
     with bench.without_maps(maps):
         limit = unet(y, 500, text)
     torch.testing.assert_close(limit, unet(y, 500, text, StepPlan(reuse=sites), cache))
@@ -75,10 +75,11 @@ def test_the_report(unet: UNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     for dtype, memory in found["memory"].items():
         assert memory["forecast"] == memory["counted"] > 0, dtype
     times = found["calls"]
-    (reuse,), (limit,) = times["reuse map, float32"], times["limit map, float32"]  # of one round
-    assert f"| reuse map, float32 / limit map, float32 | {reuse / limit:.3f} ({reuse / limit:.2f}-" in printed
-    median = expected_median(found["runs"], "full", "diffusers", digits=3)
-    assert f"| full / diffusers | {median} (" in printed
+    for name, other, rows in (
+        ("reuse map, float32", "limit map, float32", times),
+        ("full", "diffusers", found["runs"]),
+    ):
+        assert f"| {name} / {other} | {expected_median(rows, name, other, digits=3)} (" in printed
     lines = (tmp_path / "out" / "summary.md").read_text().splitlines()
     cells = dict(line.strip("| ").split(" | ") for line in lines[2:])
     assert cells["full call / diffusers'"] == expected_median(times, "full", "diffusers")

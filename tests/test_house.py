@@ -186,3 +186,11 @@ def test_schedule_and_samplers_work_in_an_empty_folder(tmp_path: Path) -> None:
 
 def test_package_never_imports_diffusers() -> None:
     assert [p for p, tree in TREES.items() if any(n.split(".")[0] == "diffusers" for n in imported(tree))] == []
+
+
+def test_no_function_fills_in_the_arguments_of_a_command_line() -> None:
+    """What is computed on the way is passed on by its name, so that `args` is what was typed."""
+    for path in (p for p in FILES if room(p) in ("search", "evaluate", "common")):
+        for node in ast.walk(TREES[path]):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                assert not (isinstance(node.value, ast.Name) and node.value.id == "args"), f"{path}:{node.lineno}"
