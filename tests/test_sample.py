@@ -213,7 +213,7 @@ def test_long_prompts_and_phast_say_what_they_do(run) -> None:
     status, out, err = run("--policy", "phast", "--json", prompt="a " * 100 + "red circle")
     assert status == 0
     assert json.loads(out)["reused"] == 2
-    assert "note: phast" in err
+    assert "; phast uses one searched with another model" in err
     assert "at most 77" in err
     assert "red circle" in err
 
