@@ -175,7 +175,7 @@ def test_journal_refuses_another_search_and_broken_lines(tmp_path: Path) -> None
     path = tmp_path / "j.jsonl"
     Journal(path, {"k": 3}).add("..#", 1.5)
     assert Journal(path, {"k": 3}).records == {"..#": 1.5}
-    with pytest.raises(ValueError, match="other work"):
+    with pytest.raises(ValueError, match="a run with other settings"):
         Journal(path, {"k": 4})
     path.write_text('{"settings": {"k": 3}}\n{"key": 7}\n')
     with pytest.raises(ValueError, match="line 2"):
