@@ -300,7 +300,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=7, help="of timed runs")
     parser.add_argument("--draws", type=int, default=200, help="random plans")
-    parser.add_argument("--calibration-file", type=Path, help="for the searches; default: the shipped prompts")
+    shipped = shipped_model() / "prompts" / "calibration.txt"
+    parser.add_argument("--calibration-file", type=Path, default=shipped, help="prompts for the searches")
     parser.add_argument("--layerwise-budget", default="18min", help="for the layer-wise search")
     parser.add_argument("--search-budget", default="4min", help="for each of the searches it is compared with")
     parser.add_argument("--sibling", type=Path, help="a second model that knows these prompts, to carry plans over to")
@@ -310,7 +311,6 @@ def main(argv: list[str] | None = None) -> None:
     command = shlex.join(["python", "scripts/reproduce.py", *(sys.argv[1:] if argv is None else argv)])
     if args.model is not None and args.prompts_file is None:
         raise ValueError("--model needs --prompts-file with prompts it can paint")
-    args.calibration_file = args.calibration_file or shipped_model() / "prompts" / "calibration.txt"
 
     prompts = read_lines(args.prompts_file or shipped_model() / "prompts" / "evaluation.txt")
     pipe, plans = minireuse.load(args.model), plans_of(args.model)

@@ -27,8 +27,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-from minireuse.checkpoints.parts import load_parts
+from minireuse.cache import ReuseCache
+from minireuse.checkpoints import load_parts
 from minireuse.config import UNetConfig
+from minireuse.guidance import guided_denoise
+from minireuse.plan import ReusePlan
+from minireuse.samplers import ddim
 from minireuse.schedule import Schedule, ScheduleConfig
 from minireuse.text import TextEncoder
 from minireuse.unet import UNet
@@ -236,7 +240,8 @@ def main(argv: list[str] | None = None) -> None:
     whole, half, vae = prepare(args.out, args.scenes, args.device, given_vae)
     scenes = [scene_at(0, i) for i in range(args.scenes)]
     shown_in = {v: [i for i, s in enumerate(scenes) if s.relation in BANDS.get(v, (s.relation,))] for v in VIEWS}
-    alphas_cumprod = Schedule.from_config(SCHEDULE_CONFIG).alphas_cumprod
+    schedule = Schedule.from_config(SCHEDULE_CONFIG)
+    alphas_cumprod = schedule.alphas_cumprod
     torch.manual_seed(args.seed)
     model = Model(tokenizer)
     text_steps, half_steps = 600, 2000
@@ -281,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.samples:
             return {}
         prompts = [caption(scene_at(3, i)) for i in range(args.samples)]
-        x = ddim(model, prompts, side, alphas_cumprod, args.device)
+        x = paint(model, prompts, side, schedule, args.device)
         images = torch.cat([vae.decode(row.cpu()) for row in x.split(4)]).clamp(-1, 1)
         save_grid(images, args.out / f"{name}-{step:05d}.png")
         return {}
@@ -311,19 +316,14 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-def ddim(model: Model, prompts: list[str], side: int, alphas_cumprod: Tensor, device: str, steps: int = 20) -> Tensor:
-    """A bare guided DDIM, for looking at samples while training. Shapes: -> (len(prompts), 4, side, side)."""
+def paint(model: Model, prompts: list[str], side: int, schedule: Schedule, device: str, steps: int = 20) -> Tensor:
+    """Guided DDIM samples, for looking at while training. Shapes: -> (len(prompts), 4, side, side)."""
     x = torch.randn(len(prompts), 4, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     context = torch.cat([model.text.encode([""] * len(prompts)), model.text.encode(prompts)])
-    times = [int(t) for t in np.round(np.arange(1000, 0, -1000 / steps)) - 1]
-    for t, s in zip(times, [*times[1:], -1], strict=True):
-        v_free, v = model.unet(torch.cat([x, x]), t, context).chunk(2)
-        v = v_free + 4.0 * (v - v_free)
-        alpha, sigma = alphas_cumprod[t].sqrt().item(), (1 - alphas_cumprod[t]).sqrt().item()
-        x_0, eps = alpha * x - sigma * v, alpha * v + sigma * x
-        bar = alphas_cumprod[s].item() if s >= 0 else 1.0
-        x = bar**0.5 * x_0 + (1 - bar) ** 0.5 * eps
-    return x
+    plan, cache = ReusePlan.nothing(steps), ReuseCache()
+    denoise = guided_denoise(model.unet, context, schedule, plan, cache, guidance_scale=4.0)
+    *_, last = ddim(denoise, x, schedule, schedule.timesteps(steps))
+    return last.x
 
 
 if __name__ == "__main__":
