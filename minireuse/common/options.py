@@ -53,6 +53,11 @@ def grid(args: argparse.Namespace) -> int | tuple[float, ...]:
     return parse_timesteps(args.timesteps)
 
 
+def count_of(steps: int | tuple[float, ...]) -> int:
+    """The number of steps that `grid` gave, or of the timesteps."""
+    return steps if isinstance(steps, int) else len(steps)
+
+
 def spacing_of(steps: int | tuple[float, ...], pipeline: Pipeline) -> str:
     """How the timesteps of a run are spaced, in a word: "listed" where they were given one by one."""
     return pipeline.schedule.spacing if isinstance(steps, int) else "listed"

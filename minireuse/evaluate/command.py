@@ -28,6 +28,7 @@ from minireuse.common.options import (
     add_grid_options,
     add_guidance_option,
     add_model_options,
+    count_of,
     grid,
     guidance_scale,
     load_model,
@@ -118,8 +119,7 @@ def run(args: argparse.Namespace, ranks: Ranks, command: str) -> None:
     begun = (args.out / "journal.jsonl").exists()
     if (args.out / "results.json").exists() or (not begun and args.out.is_dir() and any(args.out.iterdir())):
         raise ValueError(f"{args.out} holds results or other files already; remove them, or name another folder")
-    steps = grid(args)
-    count = steps if isinstance(steps, int) else len(steps)
+    count = count_of(grid(args))
     fewer = dict.fromkeys(f"steps:{max(1, round(count * f))}" for f in FEWER)
     policies = [*DEFAULT, *fewer] if args.policies is None else args.policies
     prompts = read_prompts(args.prompts_file, args.model, "evaluation", args.prompts, "--prompts")
@@ -169,7 +169,7 @@ def run(args: argparse.Namespace, ranks: Ranks, command: str) -> None:
 def make_rows(args: argparse.Namespace, pipeline: Pipeline, names: Sequence[str]) -> list[Row]:
     """The full sampler, the policies named and, for --equal-latency, the plain sampler with every step count."""
     steps = grid(args)
-    calls, count = pipeline.calls(args.sampler, steps), steps if isinstance(steps, int) else len(steps)
+    calls, count = pipeline.calls(args.sampler, steps), count_of(steps)
     policies = policies_for(
         "|".join(names), args.model, args.sampler, lambda: pipeline.fingerprint, spacing_of(steps, pipeline)
     )

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from minireuse.attention import Watch
 from minireuse.cache import ReuseCache
-from minireuse.common.options import mebibytes, parse_bytes, spacing_of
+from minireuse.common.options import count_of, mebibytes, parse_bytes, spacing_of
 from minireuse.common.status import exit_status
 from minireuse.files import write_whole
 from minireuse.pipeline import Pipeline, Result, load
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "plan": plan.grid,
         "policy": settings.policy,
         "sampler": settings.sampler,
-        "steps": settings.steps if isinstance(settings.steps, int) else len(settings.steps),
+        "steps": count_of(settings.steps),
         "timesteps": pipeline.timesteps(settings.steps, strength),
         "seeds": list(dict.fromkeys(settings.jobs[i][1] for i in settings.wanted)),
         "model": settings.model_name,
