@@ -1,4 +1,4 @@
-"""Write a trained model as a float16 diffusers folder: `python scripts/export.py --run runs/shapes --out weights`."""
+"""Write a trained model as a float16 diffusers folder: `python scripts/export.py --run RUN --out DIR`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from minireuse.checkpoints.configs import write_schedule_config, write_unet_config, write_vae_config
 from minireuse.vae import VAE
 
-from train_unet import SCHEDULE_CONFIG, UNET_CONFIG, Model, run_tokenizer
+import make_prompts
+from train_unet import GUIDANCE_SCALE, SCHEDULE_CONFIG, UNET_CONFIG, Model, run_tokenizer
 from train_vae import CONFIG as VAE_CONFIG
 from trainer import EMA
 
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": "0.30.0",
-    "_guidance_scale": 2.0,  # what it is best sampled at (scripts/verify.py); read by minireuse
+    "_guidance_scale": GUIDANCE_SCALE,  # read by minireuse
     "feature_extractor": [None, None],
     "image_encoder": [None, None],
     "requires_safety_checker": False,
@@ -73,12 +74,15 @@ def export(run: Path, out: Path) -> None:
     text_config.pop("dtype", None)
     write(out / "text_encoder", text_config, "config.json", half(text, prefix))
     shutil.copytree(run / "tokenizer", out / "tokenizer")
+    if (run / "classifier").is_dir():
+        shutil.copytree(run / "classifier", out / "classifier")
+    make_prompts.main(["--out", str(out / "prompts")])
     os.replace(out, final)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/shapes"))
+    parser.add_argument("--run", type=Path, default=Path("runs/landscapes"))
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     args = parser.parse_args(argv)
     if args.out.exists():

@@ -24,14 +24,14 @@ ROWS = {  # policy: what the picture calls it, and what it does
     "phast:kind=deep,order=1": ("phast:kind=deep,\norder=1", "deep features,\nextrapolated"),
 }
 PROMPTS = (
-    "a large red circle above a small blue star on a yellow background",
-    "a large striped teal heart on a pink background",
-    "a small white ring to the left of a large purple square on an orange background",
-    "a large orange star right of a small black diamond on a green background",
-    "a small green triangle below a large striped yellow circle on a blue background",
-    "a large striped black cross on a white background",
-    "a large pink diamond above a large teal ring on a purple background",
-    "a small striped red square left of a small yellow heart on a black background",
+    "snowy hills with two pines, a red house and mountains at sunset",
+    "green hills with three oaks, a lake and clouds at noon",
+    "golden hills with a white house, mountains and a red balloon at dawn",
+    "red dunes with a pine, a yellow house and mountains at night",
+    "green hills with an oak, a blue house and a lake at sunset",
+    "snowy hills with three pines, a lake and a yellow balloon at noon",
+    "golden hills with two oaks, a red house and clouds at sunset",
+    "snowy hills with a white house, a lake and mountains at night",
 )
 LABEL_WIDTH = 150  # pixels
 

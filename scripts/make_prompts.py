@@ -1,4 +1,4 @@
-"""The prompts that ship with the model: `python scripts/make_prompts.py --out weights/prompts`.
+"""The prompts that ship with the model: `python scripts/make_prompts.py --out DIR`.
 
 Calibration prompts are what searches score plans on, evaluation prompts what everything is measured on. None of them
 is the caption of a training scene, and no prompt is in both files.
@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from data import scene_at
-from train_unet import SCENES
+from data import SCENES, scene_at
 from world import caption
 
-COUNTS = {"calibration": (4, 64), "evaluation": (5, 200)}  # the seed of the scenes, and how many
+COUNTS = {"calibration": (4, 64), "evaluation": (5, 400)}  # the seed of the scenes, and how many
 
 
 def prompts() -> dict[str, list[str]]:
@@ -23,11 +22,11 @@ def prompts() -> dict[str, list[str]]:
     for name, (seed, count) in COUNTS.items():
         made[name], index = [], 0
         while len(made[name]) < count:
-            prompt = caption(scene_at(seed, index))
+            told = caption(scene_at(seed, index))
             index += 1
-            if prompt not in taken:
-                taken.add(prompt)
-                made[name].append(prompt)
+            if told not in taken:
+                taken.add(told)
+                made[name].append(told)
     return made
 
 

@@ -34,7 +34,7 @@ from minireuse.search.plan_files import plans_of
 import claims
 import verdicts
 from claims import Study
-from world import caption, parse_caption, vary_caption
+from world import caption, parse_caption, things, vary_caption
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -370,8 +370,8 @@ def families(prompts: Sequence[str]) -> dict[str, list[str]]:
     scenes = [scene for scene in map(parse_caption, prompts) if scene is not None]
     rng = np.random.default_rng(0)
     return {
-        "one object": [caption(scene) for scene in scenes if len(scene.objects) == 1],
-        "two objects": [caption(scene) for scene in scenes if len(scene.objects) == 2],
+        "at most two things": [caption(scene) for scene in scenes if len(things(scene)) <= 2],
+        "three things or more": [caption(scene) for scene in scenes if len(things(scene)) > 2],
         "free wording": [vary_caption(scene, rng) for scene in scenes],
     }
 

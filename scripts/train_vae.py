@@ -1,4 +1,4 @@
-"""Train the small VAE on rendered scenes: `python scripts/train_vae.py --out runs/shapes`."""
+"""Train the small VAE on rendered scenes: `python scripts/train_vae.py`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from minireuse.config import VAEConfig
 from minireuse.vae import VAE
 
-from data import pictures
-from trainer import train
+from data import SCENES, pictures
+from trainer import in_turn, join_processes, leave_processes, part_of, rank, train
 
 # Norm groups of 4 and 8 channels: with SD's 32 groups they would hold a single channel here, and normalising each
 # channel alone erases the very colours that are to be kept.
@@ -65,23 +66,30 @@ def psnr(vae: VAE, images: np.ndarray) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--images", type=int, default=6000)
+    parser.add_argument("--out", type=Path, default=Path("runs/landscapes"))
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--images", type=int, default=SCENES, help="rendered scenes to train on")
     parser.add_argument("--samples", type=int, default=8, help="reconstructions to look at now and then; 0 is none")
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="begin with this VAE, weights/vae for one")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, for processors with such units")
     args = parser.parse_args(argv)
 
-    images = pictures(args.out, args.images)
-    unseen = pictures(args.out, 64, seed=1)
+    join_processes()
+    images, _ = in_turn(lambda: pictures(args.out, args.images))
+    unseen, _ = in_turn(lambda: pictures(args.out, 64, seed=1))
     torch.manual_seed(0)
     vae = VAE(CONFIG).to(memory_format=torch.channels_last)
+    if args.start is not None:
+        vae.load_state_dict(load_file(args.start / "diffusion_pytorch_model.safetensors"))
 
     def loss(step: int) -> dict[str, Tensor]:
-        x = crops(images, step, args.steps).contiguous(memory_format=torch.channels_last)
-        generator = torch.Generator().manual_seed(step)
-        mean, log_variance = vae.moments(x)
-        noise = torch.randn(mean.shape, generator=generator)
-        error = vae.decode(mean + torch.exp(0.5 * log_variance) * noise) - x
+        x = part_of(crops(images, step, args.steps)).contiguous(memory_format=torch.channels_last)
+        generator = torch.Generator().manual_seed(2**20 * rank() + step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            mean, log_variance = (m.float() for m in vae.moments(x))
+            noise = torch.randn(mean.shape, generator=generator)
+            error = vae.decode(mean + torch.exp(0.5 * log_variance) * noise).float() - x
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         mse, mae = error.square().mean(), error.abs().mean()
         return {"loss": mse + 0.5 * mae + KL_WEIGHT * kl, "mse": mse, "mae": mae, "kl": kl}
@@ -93,9 +101,11 @@ def main(argv: list[str] | None = None) -> None:
         save_grid(torch.cat([x, vae.decode(vae.encode(x))]).clamp(-1, 1), args.out / f"vae-{step:05d}.png")
         return {"psnr_unseen": psnr(vae, unseen[:32])}
 
-    train("vae", args.out, vae, loss, steps=args.steps, peak_lr=2e-3, ema_decay=0.995, report=report, report_every=250)
+    every = {"report": report, "report_every": 250}
+    train("vae", args.out, vae, loss, steps=args.steps, peak_lr=args.lr, ema_decay=0.995, **every)
     print(f"VAE: {psnr(vae, unseen):.2f} dB on {len(unseen)} unseen scenes")
 
 
 if __name__ == "__main__":
     main()
+    leave_processes()

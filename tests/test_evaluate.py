@@ -36,7 +36,7 @@ COMMON = [
     "0",
 ]
 POLICIES = ["hurry", "deepcache", "hurry:k=1,kind=out|tgate", "steps:3"]
-PROMPTS = ["a red circle", "a star", "a blue heart"]
+PROMPTS = ["a red house", "a lake", "a blue house"]
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def test_forecast_is_what_a_run_takes(
 ) -> None:
     empty = minireuse.load(model_folder, device="meta")
     plan = build(expression, 6, pipeline.sites)
-    for guidance_scale, prompts, height in ((7.5, ["a red circle"], 16), (1.0, ["a star", "a ring"], 32)):
+    for guidance_scale, prompts, height in ((7.5, ["a red house"], 16), (1.0, ["a lake", "an oak"], 32)):
         cache = ReuseCache(dtype)
         settings = {"steps": 6, "guidance_scale": guidance_scale, "height": height}
         pipeline.generate(prompts, plan=plan, cache=cache, **settings)
@@ -71,7 +71,7 @@ def test_dry_run_reads_no_weights(model_folder: Path, tmp_path: Path, capsys: py
     ):
         (copy / config).parent.mkdir(parents=True, exist_ok=True)
         (copy / config).write_text((model_folder / config).read_text())
-    run = ["--prompt", "a star", "a ring", "--steps", "6", "--policy", "hurry", "--dry-run"]
+    run = ["--prompt", "a lake", "an oak", "--steps", "6", "--policy", "hurry", "--dry-run"]
     assert sample.main([*run, "--model", str(copy), "--json"]) == 0
     forecast_report = json.loads(capsys.readouterr().out)
     out = tmp_path / "out"

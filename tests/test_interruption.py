@@ -91,7 +91,7 @@ WORK: dict[str, tuple[Callable[[list[str], Path], None], Callable[[Path], Any]]]
 def given(smallest_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """The options that each kind of work shares with the run it is compared with."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    prompts.write_text("a red circle\na star\na blue heart\na ring\n" * 3)
+    prompts.write_text("a red house\na lake\na blue house\nan oak\n" * 3)
     common = ["--model", str(smallest_folder), "--prompts-file", str(prompts)]
     return {
         "search": [*common, "--prompts", "1", "--check", "1", "--device", "cpu"],
@@ -160,7 +160,7 @@ def test_a_full_disk_is_told_and_loses_nothing(
 
 
 def test_a_folder_that_cannot_be_written_to(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status = sample.main(["--prompt", "a star", "--model", str(model_folder), "--steps", "1", "--out", "/proc/a/b.png"])
+    status = sample.main(["--prompt", "a lake", "--model", str(model_folder), "--steps", "1", "--out", "/proc/a/b.png"])
     assert status == 2
     assert capsys.readouterr().err.count("error: ") == 1
     faults.note("folder that cannot be written to", "told in one sentence")

@@ -16,7 +16,7 @@ from minireuse.policies import interval, select
 from minireuse.sample import command as sample
 from minireuse.sample.maps import MapRecorder, words_of
 
-PROMPT = "a red circle"
+PROMPT = "a red house"
 
 
 def test_words_join_their_tokens() -> None:
@@ -62,7 +62,7 @@ def test_a_map_on_disk_is_the_mean_over_heads(pipeline: minireuse.Pipeline, tmp_
 
 @pytest.mark.parametrize("policy", ["none", "hurry"])
 def test_the_command_line_writes_maps(model_folder: Path, tmp_path: Path, policy: str) -> None:
-    argv = ["--model", str(model_folder), "--device", "cpu", "--steps", "2", "--prompt", PROMPT, "a star", "--quiet"]
+    argv = ["--model", str(model_folder), "--device", "cpu", "--steps", "2", "--prompt", PROMPT, "a lake", "--quiet"]
     more = ["--save-maps", str(tmp_path / "maps"), "--batch-size", "1", "--sites", "cross", "--policy", policy]
     assert sample.main([*argv, *more, "--out", str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["00000", "00001"]

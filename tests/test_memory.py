@@ -64,13 +64,13 @@ def test_shares_are_those_of_each_group_alone(pipeline: minireuse.Pipeline, monk
     groups = groups_of(plan.sites, 3)
     known = Costs(1.0, (), (0.0,) * len(groups), tuple(-0.1 * i for i in range(len(groups))))
     monkeypatch.setattr(memory, "measure", lambda *given, **settings: known)
-    render = lambda p: pipeline.generate("a star", seeds=3, steps=4, plan=p).images  # noqa: E731
+    render = lambda p: pipeline.generate("a lake", seeds=3, steps=4, plan=p).images  # noqa: E731
     shares = weigh(pipeline, plan, groups, render, size=(8, 8), cache_dtype=torch.float16)
     assert [share.saved for share in shares.values()] == pytest.approx([0.1 * i for i in range(len(groups))])
     assert {site for share in shares.values() for site in share.sites} == set(plan.sites)
-    full = pipeline.generate("a star", seeds=3, steps=4).images.astype(float)
+    full = pipeline.generate("a lake", seeds=3, steps=4).images.astype(float)
     for share in shares.values():
-        image = pipeline.generate("a star", seeds=3, steps=4, plan=restrict(plan, share.sites)).images
+        image = pipeline.generate("a lake", seeds=3, steps=4, plan=restrict(plan, share.sites)).images
         assert share.damage == pytest.approx(np.square(image - full).mean())
 
 
@@ -80,7 +80,7 @@ def test_the_cache_stays_within_its_budget(
     """Every group is said to save the same time, so the least damage decides."""
     monkeypatch.setattr(memory, "measure", lambda _, groups, **s: Costs(1.0, (), (), (-0.1,) * len(groups)))
     Image.new("RGB", (16, 16), "red").save(tmp_path / "init.png")
-    run = ["--prompt", "a star", "--steps", "6", "--policy", "hurry", "--model", str(smallest_folder), "--json"]
+    run = ["--prompt", "a lake", "--steps", "6", "--policy", "hurry", "--model", str(smallest_folder), "--json"]
 
     def peak_of(*more: str) -> tuple[int, str]:
         assert sample.main([*run, "--out", str(tmp_path / "a.png"), "--overwrite", *more]) == 0

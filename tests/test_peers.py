@@ -18,7 +18,7 @@ from minireuse.policies import deepcache, tgate
 import compare_peers
 from conftest import relative_error
 
-PROMPT, STEPS = "a large red circle on a blue background", 10
+PROMPT, STEPS = "green hills with a lake at noon", 10
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_tgate_agrees_with_its_package(
 def test_one_table_for_the_packages_and_ours(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for package in ("DeepCache", "tgate", "tomesd"):
         pytest.importorskip(package, reason="extra `peers` is not installed")
-    (tmp_path / "prompts.txt").write_text("a red circle\na star\n")
+    (tmp_path / "prompts.txt").write_text("a red house\na lake\n")
     argv = [
         "--model",
         str(model_folder),

@@ -18,7 +18,7 @@ from minireuse.samplers import SAMPLERS, Denoise
 
 from conftest import relative_error
 
-PROMPTS = ["a large red circle on a blue background", "a small green star"]
+PROMPTS = ["green hills with a lake at noon", "red dunes with a pine at night"]
 
 
 def reference_latents(folder: Path, sampler: str, guidance_scale: float, latents: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,7 @@ def pixels(path: str) -> np.ndarray:
 SETTINGS = [
     *(("--steps", "3", "--sampler", name) for name in SAMPLERS),
     ("--eta", "0.7", "--steps", "4"),
-    ("--guidance-scale", "1", "--negative-prompt", "a star"),
+    ("--guidance-scale", "1", "--negative-prompt", "a lake"),
     ("--policy", "hurry|deepcache:every=3", "--steps", "6", "--cache-dtype", "uint8"),
     ("--policy", "deepcache:order=1|interval:order=1", "--steps", "6", "--cache-dtype", "uint8"),
     ("--policy", "random", "--reuse", "2", "--steps", "6", "--attention", "explicit", "--width", "32"),
@@ -60,7 +60,7 @@ SETTINGS = [
 def test_the_same_pixels_again(run: Run, settings: tuple[str, ...]) -> None:
     if "--init-image" in settings:
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)).save("first.png")
-    made = ["--prompt", "a red circle", "a blue ring", "--num-images", "2", "--seed", "5", "--batch-size", "3"]
+    made = ["--prompt", "a red house", "an oak", "--num-images", "2", "--seed", "5", "--batch-size", "3"]
     assert run(*made, *settings, "--out", "out") == (0, "")
     for name in ("00000.png", "00002.png", "00003.png"):  # the last one in a batch of its own
         status, said = run("--from-png", f"out/{name}", "--out", f"again-{name}")
@@ -72,7 +72,7 @@ def test_the_same_pixels_again(run: Run, settings: tuple[str, ...]) -> None:
 
 
 def test_what_else_is_given_must_not_matter(run: Run, tmp_path: Path) -> None:
-    assert run("--prompt", "a star", "--out", "a.png", "--steps", "2")[0] == 0
+    assert run("--prompt", "a lake", "--out", "a.png", "--steps", "2")[0] == 0
     status, said = run("--from-png", "a.png", "--steps", "3")
     assert (status, said) == (2, "error: --from-png takes everything from the file; leave out --steps\n")
     assert not Path("out.png").exists()
@@ -94,8 +94,8 @@ def rewritten(change: Callable[[dict[str, str]], object], to: str = "b.png") -> 
     [
         ({"fingerprint": "0" * 12}, "was made by another model than"),
         ({"seed": "elephant"}, ""),  # readable, but what counts stands in the batch
-        ({"batch": '{"place": 0, "jobs": [["a star", -1]]}'}, "text 'batch' is"),
-        ({"batch": '{"place": 1, "jobs": [["a star", 1]]}'}, "place 1 of 1 images"),
+        ({"batch": '{"place": 0, "jobs": [["a lake", -1]]}'}, "text 'batch' is"),
+        ({"batch": '{"place": 1, "jobs": [["a lake", 1]]}'}, "place 1 of 1 images"),
         ({"batch": "[" * 5000}, "nested too deeply"),
         ({"steps": "many"}, "text 'steps' is 'many'"),
         ({"steps": "-3"}, "expected"),
@@ -115,7 +115,7 @@ def rewritten(change: Callable[[dict[str, str]], object], to: str = "b.png") -> 
     ],
 )
 def test_other_texts_are_refused_or_do_not_matter(run: Run, change: dict[str, str], message: str) -> None:
-    assert run("--prompt", "a star", "--out", "a.png", "--steps", "2")[0] == 0
+    assert run("--prompt", "a lake", "--out", "a.png", "--steps", "2")[0] == 0
     rewritten(lambda chunks: chunks.update(change))
     status, said = run("--from-png", "b.png", "--out", "c.png")
     assert status == (2 if message else 0)
@@ -126,7 +126,7 @@ def test_other_texts_are_refused_or_do_not_matter(run: Run, change: dict[str, st
 
 def test_an_image_to_begin_with_may_have_moved(run: Run) -> None:
     Image.new("RGB", (16, 16), "red").save("first.png")
-    run("--prompt", "a star", "--init-image", "first.png", "--steps", "4", "--out", "a.png")
+    run("--prompt", "a lake", "--init-image", "first.png", "--steps", "4", "--out", "a.png")
     Path("first.png").rename("moved.png")
     assert run("--from-png", "a.png", "--out", "b.png")[0] == 2
     assert run("--from-png", "a.png", "--init-image", "moved.png", "--out", "b.png") == (0, "")
@@ -135,7 +135,7 @@ def test_an_image_to_begin_with_may_have_moved(run: Run) -> None:
 
 def test_what_else_the_pixels_depend_on(run: Run) -> None:
     """What the model predicts, and the kernel that writes maps down, in 8 bits."""
-    made = ["--prompt", "a star", "--steps", "4", "--policy", "hurry", "--cache-dtype", "uint8"]
+    made = ["--prompt", "a lake", "--steps", "4", "--policy", "hurry", "--cache-dtype", "uint8"]
     assert run(*made, "--out", "plain.png")[0] == 0
     assert run(*made, "--prediction-type", "v_prediction", "--out", "v.png")[0] == 0
     assert run(*made, "--save-maps", "maps", "--out", "watched.png")[0] == 0
@@ -150,13 +150,13 @@ def test_what_else_the_pixels_depend_on(run: Run) -> None:
 
 
 def test_a_dry_run_of_a_picture(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    run("--prompt", "a star", "--steps", "4", "--policy", "hurry", "--out", "a.png")
+    run("--prompt", "a lake", "--steps", "4", "--policy", "hurry", "--out", "a.png")
     assert run("--from-png", "a.png", "--dry-run") == (0, "")
 
 
 @pytest.mark.parametrize("name", ["batch", "plan", "fingerprint", "steps", "model"])
 def test_a_missing_text_is_named(run: Run, name: str) -> None:
-    assert run("--prompt", "a star", "--out", "a.png", "--steps", "2")[0] == 0
+    assert run("--prompt", "a lake", "--out", "a.png", "--steps", "2")[0] == 0
     rewritten(lambda chunks: chunks.pop(name))
     status, said = run("--from-png", "b.png")
     assert (status, f"b.png does not contain the settings it was made with: it has no text {name!r}" in said) == (
@@ -166,7 +166,7 @@ def test_a_missing_text_is_named(run: Run, name: str) -> None:
 
 
 def test_other_versions_are_told(run: Run) -> None:
-    assert run("--prompt", "a star", "--out", "a.png", "--steps", "2")[0] == 0
+    assert run("--prompt", "a lake", "--out", "a.png", "--steps", "2")[0] == 0
     rewritten(lambda chunks: chunks.update(versions="minireuse 0.0"))
     status, said = run("--from-png", "b.png", "--out", "c.png")
     assert status == 0
@@ -218,12 +218,12 @@ def test_out_of_memory_says_what_would_help(run: Run, monkeypatch: pytest.Monkey
     monkeypatch.setattr(minireuse.Pipeline, "generate", generate)
     for error in (raised[0], RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")):
         raised[0] = error
-        status, said = run("--prompt", "a star", "--policy", "hurry", "--steps", "4")
+        status, said = run("--prompt", "a lake", "--policy", "hurry", "--steps", "4")
         assert status == 2
         assert "out of memory with a batch of 1; the cache alone takes up to 0.5 MiB; try --batch-size 1" in said
     raised[0] = RuntimeError("something else")
     with pytest.raises(RuntimeError, match="something else"):
-        run("--prompt", "a star", "--steps", "4")
+        run("--prompt", "a lake", "--steps", "4")
 
 
 def test_compiled_pictures_are_made_compiled_again(
@@ -236,7 +236,7 @@ def test_compiled_pictures_are_made_compiled_again(
         return made[-1]
 
     monkeypatch.setattr("minireuse.compilation.CompiledUNet", quick)
-    options = ["--model", str(smallest_folder), "--prompt", "a star", "--steps", "2", "--policy", "hurry"]
+    options = ["--model", str(smallest_folder), "--prompt", "a lake", "--steps", "2", "--policy", "hurry"]
     assert run(*options, "--compile", "--out", "a.png") == (0, "")
     assert run("--from-png", "a.png", "--out", "b.png") == (0, "")
     assert run(*options, "--out", "c.png") == (0, "")

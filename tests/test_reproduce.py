@@ -19,7 +19,7 @@ import claims
 import reproduce
 from claims import Neighbours, Perturber, Study
 
-PROMPTS = ["a red circle", "a star", "a blue heart", "a ring"]
+PROMPTS = ["a red house", "a lake", "a blue house", "an oak"]
 
 
 @pytest.fixture(scope="module")

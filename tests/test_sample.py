@@ -27,7 +27,7 @@ def run(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.chdir(tmp_path)
 
     def run(
-        *argv: str, prompt: str | None = "a red circle", model: Path | None = model_folder, steps: int | None = 4
+        *argv: str, prompt: str | None = "a red house", model: Path | None = model_folder, steps: int | None = 4
     ) -> tuple[int, str, str]:
         common = ["--model", str(model), "--device", "cpu"] if model else []
         prompts = ["--prompt", prompt] if prompt is not None else []
@@ -54,17 +54,17 @@ def test_one_image_and_its_json(run, tmp_path: Path, pipeline: minireuse.Pipelin
     assert (report["calls"], report["reused"], report["plan"], report["seeds"]) == (4, 2, "..##", [3])
     assert 0 < report["seconds"] < report["seconds_total"]
     plan = hurry(4, select(pipeline.sites))
-    expected = pipeline.generate("a red circle", seeds=3, steps=4, plan=plan)
+    expected = pipeline.generate("a red house", seeds=3, steps=4, plan=plan)
     assert report["cache_peak_bytes"] == expected.cache_peak_bytes
     with Image.open(tmp_path / "a.png") as image:
         assert np.array_equal(np.array(image), expected.images[0])
-        assert image.text["prompt"] == "a red circle"
+        assert image.text["prompt"] == "a red house"
         assert (image.text["seed"], image.text["sampler"], image.text["size"]) == ("3", "ddim", "16x16")
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]  # nothing half-written stays behind
 
 
 def test_several_images_fill_a_folder_prompts_first_then_seeds(run, tmp_path: Path) -> None:
-    (tmp_path / "more.txt").write_text("a star\n\na heart\n")
+    (tmp_path / "more.txt").write_text("a lake\n\na pine\n")
     status, out, _ = run(
         *(
             "--prompts-file",
@@ -87,7 +87,7 @@ def test_several_images_fill_a_folder_prompts_first_then_seeds(run, tmp_path: Pa
     for path in sorted((tmp_path / "many").iterdir()):
         with Image.open(path) as image:
             painted.append((image.text["prompt"], image.text["seed"]))
-    assert painted == [(p, s) for p in ("a red circle", "a star", "a heart") for s in ("5", "6")]
+    assert painted == [(p, s) for p in ("a red house", "a lake", "a pine") for s in ("5", "6")]
 
 
 def test_nothing_is_overwritten_unless_asked(run, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_an_initial_image_is_resized_and_denoised(run, tmp_path: Path, pipeline:
     assert status == 0, err
     gray = torch.full((1, 3, 16, 24), 128.0) / 127.5 - 1  # in float32, as images are read
     expected = pipeline.generate(
-        *("a red circle",),
+        *("a red house",),
         negative_prompts="cross",
         steps=4,
         guidance_scale=3,
@@ -200,7 +200,7 @@ def test_every_option_arrives_where_it_belongs(
     assert run(*options.split())[0] == 0
     expected = {
         **{"path": Path(str(seen["path"])), "device": "cpu", "dtype": "bfloat16", "tokenizer": "t"},
-        **{"prediction_type": "v_prediction", "prompts": ["a red circle"], "negative_prompts": "cross", "steps": 4},
+        **{"prediction_type": "v_prediction", "prompts": ["a red house"], "negative_prompts": "cross", "steps": 4},
         **{"sampler": "ddim", "guidance_scale": 3.0, "seeds": [9], "height": 8, "width": 24, "eta": 0.25},
         **{"attention": "explicit", "init_images": None, "spacing": "karras", "guidance_rescale": 0.5},
     }
@@ -226,8 +226,8 @@ NASTY = {
     "control": "a red\x00 circle\x07\x1b[31m\r\n\u2028",
     "combining": "a z" + "\u0301" * 500,
     "one long word": "circle" * 20_000,
-    "many words": "a red circle " * 8_000,
-    "only spaces": " " * 100_000 + "a red circle",
+    "many words": "a red house " * 8_000,
+    "only spaces": " " * 100_000 + "a red house",
     "markup": "<|endoftext|> <|startoftext|> </w>",
 }
 
@@ -257,7 +257,7 @@ def test_half_a_character_is_refused(run) -> None:
 
 @pytest.mark.parametrize(("steps", "k"), [(1, 0), (2, 0), (2, 1), (300, 299)])
 def test_short_and_long_schedules(model_folder: Path, steps: int, k: int, tmp_path: Path, capsys) -> None:
-    given = ["--prompt", "a star", "--model", str(model_folder), "--policy", "hurry", "--out", str(tmp_path / "a.png")]
+    given = ["--prompt", "a lake", "--model", str(model_folder), "--policy", "hurry", "--out", str(tmp_path / "a.png")]
     assert sample.main([*given, "--steps", str(steps), "--reuse", str(k), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["calls"], report["reused"]) == (steps, k)
@@ -330,7 +330,7 @@ def test_interruption_is_quiet_and_leaves_no_file(run, tmp_path: Path, monkeypat
 
 
 def test_module_is_runnable(model_folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "minireuse.sample", "--model", str(model_folder), "--prompt", "a star"]
+    command = [sys.executable, "-m", "minireuse.sample", "--model", str(model_folder), "--prompt", "a lake"]
     done = subprocess.run(
         [*command, "--steps", "2", "--device", "cpu", "--quiet"], cwd=tmp_path, capture_output=True, text=True
     )
@@ -342,7 +342,7 @@ def test_grids_and_timesteps(run, tmp_path: Path, pipeline: minireuse.Pipeline) 
     """What --timesteps lists is what the model is called at; a picture is made again on the grid it was made on."""
     report = json.loads(run("--timesteps", "900,500.5,100", "--out", "a.png", "--json", steps=None)[1])
     assert (report["steps"], report["timesteps"], report["calls"]) == (3, [900, 500.5, 100], 3)
-    expected = pipeline.generate("a red circle", steps=(900, 500.5, 100)).images[0]
+    expected = pipeline.generate("a red house", steps=(900, 500.5, 100)).images[0]
     with Image.open(tmp_path / "a.png") as image:
         assert np.array_equal(np.array(image), expected)
         assert image.text["steps"] == "900,500.5,100"

@@ -28,7 +28,7 @@ COMMON = ["--steps", "6", "--prompts", "2", "--check", "1", "--quiet", "--device
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.txt"
-    path.write_text("a red circle\na star\n\na blue heart\n")
+    path.write_text("a red house\na lake\n\na blue house\n")
     return path
 
 
@@ -50,13 +50,13 @@ def by_hand(pipeline: minireuse.Pipeline, row: str) -> tuple[str, float]:
 
     def score(row: str) -> float:
         plan = ReusePlan.stepwise([cell == "#" for cell in row], select(pipeline.sites))
-        return mean_psnr(pipeline.generate(["a red circle", "a star"], seeds=[0, 1], steps=6, plan=plan).images)
+        return mean_psnr(pipeline.generate(["a red house", "a lake"], seeds=[0, 1], steps=6, plan=plan).images)
 
     def mean_psnr(images: np.ndarray) -> float:
         errors = ((images / 255 - full / 255) ** 2).mean(axis=(1, 2, 3))
         return float(np.mean([100 if error == 0 else min(100, -10 * math.log10(error)) for error in errors]))
 
-    full = pipeline.generate(["a red circle", "a star"], seeds=[0, 1], steps=6).images
+    full = pipeline.generate(["a red house", "a lake"], seeds=[0, 1], steps=6).images
     best, improved = score(row), True
     while improved:
         improved = False
@@ -79,8 +79,8 @@ def test_plan_file_holds_the_plan_and_its_story(run, tmp_path: Path, pipeline: m
     assert about["score"] >= about["score_start"]
     assert about["finished"] is True
     assert about["calls_made"] < about["calls_naive"]
-    assert (about["model"], about["prompts"]) == (pipeline.fingerprint, ["a red circle", "a star"])
-    assert about["unseen_prompts"] == ["a blue heart"]
+    assert (about["model"], about["prompts"]) == (pipeline.fingerprint, ["a red house", "a lake"])
+    assert about["unseen_prompts"] == ["a blue house"]
     assert str(plan) in out
     assert "unseen" in out
 

@@ -154,7 +154,7 @@ def test_the_command_line_looks_for_plans_beside_the_model(
         (model / part.name).symlink_to(part)
     sites = select(pipeline.sites)
     written(model / "plans", "p.json", ".#.##", model=pipeline.fingerprint, sites=sites)
-    argv = ["--model", str(model), "--device", "cpu", "--prompt", "a star", "--steps", "5", "--quiet", "--json"]
+    argv = ["--model", str(model), "--device", "cpu", "--prompt", "a lake", "--steps", "5", "--quiet", "--json"]
     assert sample.main([*argv, "--policy", "phast", "--reuse", "3", "--out", str(tmp_path / "a.png")]) == 0
     out, err = capsys.readouterr()
     assert (json.loads(out)["plan"], err) == (".#.##", "")

@@ -13,16 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import minireuse
+from minireuse.evaluate.classifier import own_classifier
 from minireuse.text import TextEncoder
 from minireuse.vae import VAE
 
 import export
+import train_classifier
 import train_text
 import train_unet
 import train_vae
 from data import pictures, scene_at
 from trainer import EMA, learning_rate, train
-from world import Object, Scene
+from world import QUESTIONS
 
 
 def fit(folder: Path, stop_at: int | None = None) -> nn.Module:
@@ -96,73 +98,15 @@ def test_crops_are_parts_of_the_images() -> None:
     assert all(x[None].contiguous().numpy().tobytes() in whole for x in late)
 
 
-def test_close_views_show_one_object_and_tell_of_it_alone() -> None:
-    """Windows of an 'image' whose every position holds its own coordinates."""
-    scenes = [scene_at(0, i) for i in range(24)]
-    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
-    coordinates = torch.stack([x, y, x, y]).expand(24, -1, -1, -1)
-    windows, shown = train_unet.close_up(coordinates, scenes, np.random.default_rng(0))
-    assert windows.shape == (24, 4, 16, 16)
-    for window, scene, alone in zip(windows, scenes, shown, strict=True):
-        (only,) = alone.objects
-        assert only in scene.objects
-        assert (alone.relation, alone.background) == (None, scene.background)
-        left, top = 4 * window[0].min(), 4 * window[1].min()  # pixels
-        assert left <= only.x - only.radius + 8
-        assert only.x + only.radius - 8 <= left + 64
-        assert top <= only.y - only.radius + 8
-        assert only.y + only.radius - 8 <= top + 64
-        for other in scene.objects:
-            if other is not only:  # its centre is outside
-                assert not (left <= other.x <= left + 64 and top <= other.y <= top + 64)
-
-
-@pytest.mark.parametrize(("view", "across"), [("row", True), ("column", False)])
-def test_bands_hold_both_objects(view: str, across: bool) -> None:
-    scenes = [s for s in (scene_at(0, i) for i in range(60)) if s.relation in train_unet.BANDS[view]]
-    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
-    coordinates = torch.stack([x, y, x, y]).expand(len(scenes), -1, -1, -1)
-    bands = train_unet.band(coordinates, scenes, across, np.random.default_rng(0))
-    assert bands.shape == (len(scenes), 4, *((16, 32) if across else (32, 16)))
-    for shown, scene in zip(bands, scenes, strict=True):
-        left, top = 4 * shown[0].min(), 4 * shown[1].min()  # pixels
-        assert all(left <= o.x <= left + 4 * shown.shape[2] for o in scene.objects)
-        assert all(top <= o.y <= top + 4 * shown.shape[1] for o in scene.objects)
-
-
-def test_the_text_encoder_is_asked_for_each_place() -> None:
-    def object_of(shape: str, colour: str) -> Object:
-        return Object(shape, colour, "small", "plain", 0.0, 0.0, 13.0)
-
-    answers = train_text.right_answers(
-        Scene((object_of("star", "red"), object_of("ring", "black")), "below", "white", 0.0)
-    )
-    answered = {
-        place: {q: given[i] if given[i] < 0 else train_text.QUESTIONS[q][given[i]] for q, given in answers.items()}
-        for i, place in enumerate(train_text.PLACES)
-    }
-    assert {place: t["there"] for place, t in answered.items()} == {
-        "alone": "empty",
-        "above": "taken",
-        "below": "taken",
-        "left of": "empty",
-        "right of": "empty",
-    }
-    assert (answered["below"]["shape"], answered["below"]["colour"]) == ("star", "red")
-    assert (answered["above"]["shape"], answered["above"]["colour"]) == ("ring", "black")
-    assert answered["alone"]["shape"] == train_text.IGNORED
-    assert all(t["background"] == "white" for t in answered.values())
-
-
 def test_a_text_encoder_learns_from_captions_alone(tmp_path: Path) -> None:
     torch.manual_seed(0)
     tokenizer = train_unet.run_tokenizer(tmp_path / "tokenizer")
     text = TextEncoder(train_unet.text_config(tokenizer), tokenizer)
-    before = text.encode(["a red star"])
+    before = text.encode(["a red house"])
     scenes = [scene_at(0, i) for i in range(4)]
     reader = train_text.Reader(text.model.config.hidden_size)
     train_text.train_text(text, reader, tmp_path, scenes, steps=60, batch=4, lr=1e-3, device="cpu")
-    assert not torch.equal(text.encode(["a red star"]), before)
+    assert not torch.equal(text.encode(["a red house"]), before)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "text.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
 
@@ -179,39 +123,36 @@ def test_latents_are_made_of_whole_scenes_and_of_scenes_at_half_their_size() -> 
     assert train_unet.encode_all(vae, images, 1, "cpu").shape == (3, 4, 32, 32)
 
 
+def test_small_things_are_counted_where_they_stand() -> None:
+    marks = np.zeros((1, 128, 128), dtype=np.uint8)
+    marks[0, :4, :2], marks[0, 8:12, 8:12], marks[0, 60:, 60:] = 1, 5, 7  # half a tree, a balloon, mountains
+    small = train_unet.small_things(marks, 1)
+    assert small.shape == (1, 1, 32, 32)
+    assert small[0, 0, 0, 0] == 0.5
+    assert small[0, 0, 2, 2] == 1
+    assert small.sum() == 1.5
+
+
 def test_latents_of_another_vae_are_not_mistaken_for_ones_own(tmp_path: Path) -> None:
     train_vae.main(["--out", str(tmp_path), "--steps", "1", "--images", "16", "--samples", "0"])
     own, _, _ = train_unet.prepare(tmp_path, 8, "cpu")
+    assert own.x_0.shape == (8, 4, 32, 32)
     torch.manual_seed(1)
     (tmp_path / "other").mkdir()
     save_file(VAE(train_vae.CONFIG).state_dict(), tmp_path / "other" / "diffusion_pytorch_model.safetensors")
-    other, _, vae = train_unet.prepare(tmp_path, 8, "cpu", tmp_path / "other")
-    assert not torch.allclose(own, other, atol=1e-2)
-    expected = train_unet.encode_all(vae, pictures(tmp_path, 8), 1, "cpu")
-    torch.testing.assert_close(other, expected, atol=1e-4, rtol=1e-4)
+    other, half, vae = train_unet.prepare(tmp_path, 8, "cpu", tmp_path / "other")
+    assert half.x_0.shape == (8, 4, 16, 16)
+    assert not torch.allclose(own.x_0, other.x_0, atol=1e-2)
+    expected = train_unet.encode_all(vae, pictures(tmp_path, 8)[0], 1, "cpu")
+    torch.testing.assert_close(other.x_0, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_chain_from_scenes_to_a_folder_that_loads(tmp_path: Path) -> None:
     run = ["--out", str(tmp_path / "run")]
+    train_classifier.main([*run, "--steps", "1", "--images", "32", "--held-out", "8", "--batch", "8"])
     train_vae.main([*run, "--steps", "1", "--images", "32", "--samples", "0"])
-    options = [
-        "--scenes",
-        "32",
-        "--text-steps",
-        "1",
-        "--half-steps",
-        "1",
-        "--steps",
-        "2",
-        "--cycle",
-        "row",
-        "column",
-        "--samples",
-        "0",
-        "--batch",
-        "4",
-    ]
-    train_unet.main([*run, *options, "--device", "cpu"])
+    stages = ["--text-steps", "1", "--half-steps", "1", "--steps", "2"]
+    train_unet.main([*run, *stages, "--scenes", "32", "--samples", "0", "--batch", "4", "--device", "cpu"])
     folder = tmp_path / "model"
     export.main(["--run", str(tmp_path / "run"), "--out", str(folder)])
     with pytest.raises(SystemExit, match="exists; name a new folder"):
@@ -223,6 +164,10 @@ def test_the_chain_from_scenes_to_a_folder_that_loads(tmp_path: Path) -> None:
     for part in ("unet", "vae", "text_encoder"):  # it went on from there, and learned nothing at this rate
         (first, second) = (load_file(next((f / part).glob("*.safetensors"))) for f in (folder, tmp_path / "same"))
         assert all(torch.equal(first[name], second[name]) for name in first), part
-    result = minireuse.load(folder, device="cpu").generate("a red circle", steps=2)
+    result = minireuse.load(folder, device="cpu").generate("a red house", steps=2)
     assert result.images.shape == (1, 128, 128, 3)
     assert diffusers.StableDiffusionPipeline.from_pretrained(folder).unet.config.sample_size == 32
+    classifier = own_classifier(folder)
+    assert classifier is not None
+    assert classifier.read(list(result.images))[0].keys() == QUESTIONS.keys()
+    assert len((folder / "prompts" / "evaluation.txt").read_text().splitlines()) == 400

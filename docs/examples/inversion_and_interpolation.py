@@ -10,7 +10,7 @@ from minireuse.samplers import ddim
 
 pipe = minireuse.load()
 schedule, steps = pipe.schedule, 50
-prompt = "a large red circle on a blue background"
+prompt = "green hills with a lake at noon"
 
 
 def denoiser():  # guidance 1, so that one pass of the U-Net is a call

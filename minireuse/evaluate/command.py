@@ -37,7 +37,8 @@ from minireuse.common.options import (
 from minireuse.common.ranks import Ranks, shared_status
 from minireuse.common.status import command_line
 from minireuse.common.timing import alternate
-from minireuse.evaluate.distribution import EXTRACTORS, Follow, prompt_check, score_all
+from minireuse.evaluate.classifier import own_classifier
+from minireuse.evaluate.distribution import EXTRACTORS, Follow, extractor, prompt_check, score_all
 from minireuse.evaluate.report import FULL, KERNELS, summarise, write_report
 from minireuse.files import read_prompts, write_whole
 from minireuse.pipeline import Pipeline, Result
@@ -90,9 +91,7 @@ def parser() -> argparse.ArgumentParser:
     fid_help = "Fréchet distance to the full sampler's images, computed from these features"
     p.add_argument("--fid", choices=EXTRACTORS, help=fid_help)
     p.add_argument("--clip-score", metavar="MODEL", help="a CLIP model on the hub, or a folder")
-    check_help = (
-        "Python file that scores how well images follow prompts; default: the shipped one, for the shipped model"
-    )
+    check_help = "Python file that scores how well images follow prompts; default: the shipped model's classifier"
     p.add_argument("--check", type=Path, metavar="FILE.py", help=check_help)
     add_model_options(p)
     p.add_argument("--out", type=Path, required=True, help="a folder: results.json, table.md, plots, images")
@@ -123,8 +122,10 @@ def run(args: argparse.Namespace, ranks: Ranks, command: str) -> None:
     fewer = dict.fromkeys(f"steps:{max(1, round(count * f))}" for f in FEWER)
     policies = [*DEFAULT, *fewer] if args.policies is None else args.policies
     prompts = read_prompts(args.prompts_file, args.model, "evaluation", args.prompts, "--prompts")
-    follow = prompt_check(args.check, shipped=args.model is None)
+    classifier = own_classifier(args.model)
+    follow = prompt_check(args.check) if args.check else classifier and classifier.follow
     pipeline = load_model(args, ranks.device(args.device))
+    features = extractor(args.fid, pipeline.vae, classifier)
     rows = make_rows(args, pipeline, policies)
     if args.against not in {row.name for row in rows}:
         raise ValueError(f"--against is {args.against!r}, expected one of {', '.join(row.name for row in rows)}")
@@ -140,7 +141,7 @@ def run(args: argparse.Namespace, ranks: Ranks, command: str) -> None:
     scores = judge(args, pipeline, rendered, prompts, follow, journal, ranks)
     if ranks.first:
         pictures = {row.name: picture(args.out, row.name, 0).parent for row in rendered}
-        sets, notes = score_all(pictures, prompts, pipeline.vae, args.fid, args.clip_score)
+        sets, notes = score_all(pictures, prompts, features, args.clip_score)
         results = {
             "settings": settings,
             "command": command,

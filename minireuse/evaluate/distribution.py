@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from minireuse.files import shipped_model
+from minireuse.evaluate.classifier import Classifier
 from minireuse.vae import VAE
 
-EXTRACTORS = ("vae", "inception")
+EXTRACTORS = ("classifier", "vae", "inception")
 Follow = Callable[[Sequence[np.ndarray], Sequence[str]], list[float | None]]  # images, prompts -> shares of 1
 
 
@@ -26,7 +26,7 @@ class VAEFeatures(nn.Module):
 
     def __init__(self, vae: VAE) -> None:
         super().__init__()
-        self.vae = copy.deepcopy(vae)  # the metric turns what it is given to double precision
+        self.vae = vae
         self.num_features = 16 * vae.config.latent_channels
 
     def forward(self, images: Tensor) -> Tensor:
@@ -36,19 +36,31 @@ class VAEFeatures(nn.Module):
         return F.adaptive_avg_pool2d(latents, 4).flatten(1).float()
 
 
-def frechet(folder: Path, reference: Path, count: int, extractor: str, vae: VAE) -> float:
-    """Fréchet distance between the first `count` images of two folders, in the features of `extractor`.
+def extractor(name: str | None, vae: VAE, classifier: Classifier | None) -> nn.Module | int | None:
+    """What computes the features of a Fréchet distance, as torchmetrics takes it. Raises: ValueError."""
+    if name == "classifier":
+        if classifier is None:
+            raise ValueError("--fid classifier needs the classifier of the shipped model; use --fid vae")
+        return classifier.features
+    return {"vae": VAEFeatures(vae), "inception": 2048, None: None}[name]
 
+
+def frechet(features: nn.Module | int, reference: Iterable[Tensor], images: Iterable[Tensor]) -> float:
+    """Fréchet distance between two sets of pictures, each given in batches. Shapes: (B, 3, H, W) uint8.
+
+    features: a module (B, 3, H, W) uint8 -> (B, num_features), or 2048 for Inception's.
     Raises: ImportError without torchmetrics; whatever fails where Inception's weights cannot be had.
     Source: Heusel et al., arXiv 1706.08500, equation 6.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    features = VAEFeatures(vae) if extractor == "vae" else 2048
-    metric = FrechetInceptionDistance(feature=features).set_dtype(torch.float64).to(vae.quant_conv.weight.device)
-    for images, real in ((reference, True), (folder, False)):
-        for i in range(count):
-            metric.update(_read(images, i).to(metric.device), real=real)
+    features = copy.deepcopy(features)  # the metric turns what it is given to double precision
+    metric = FrechetInceptionDistance(feature=features).set_dtype(torch.float64)
+    if isinstance(features, nn.Module):
+        metric.to(next(features.parameters()).device)
+    for batches, real in ((reference, True), (images, False)):
+        for batch in batches:
+            metric.update(batch.to(metric.device), real=real)
     return float(metric.compute())
 
 
@@ -66,16 +78,20 @@ def clip_score(folder: Path, prompts: Sequence[str], model: str) -> float:
 
 
 def score_all(
-    folders: dict[str, Path], prompts: Sequence[str], vae: VAE, fid: str | None, clip: str | None
+    folders: dict[str, Path], prompts: Sequence[str], fid: nn.Module | int | None, clip: str | None
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """The scores asked for of each row, and for each that could not be had a sentence that says why.
 
-    folders: of each row's pictures, the full sampler's first.
+    folders: of each row's pictures, the full sampler's first. fid: features as `frechet` takes them.
     """
-    reference = next(iter(folders.values()))
+
+    def read(folder: Path) -> Iterator[Tensor]:
+        return (_read(folder, i) for i in range(len(prompts)))
+
+    full = next(iter(folders.values()))
     wanted: dict[str, Callable[[Path], float]] = {}
     if fid is not None:
-        wanted["fid"] = lambda folder: frechet(folder, reference, len(prompts), fid, vae)
+        wanted["fid"] = lambda folder: frechet(fid, read(full), read(folder))
     if clip is not None:
         wanted["clip"] = lambda folder: clip_score(folder, prompts, clip)
     scores: dict[str, dict[str, float]] = {name: {} for name in folders}
@@ -88,13 +104,8 @@ def score_all(
     return scores, notes
 
 
-def prompt_check(path: Path | None, shipped: bool) -> Follow | None:
-    """`follow` of the file given, or of the repository's verifier for the shipped model in a checkout."""
-    if path is None:
-        ours = shipped_model().parent / "scripts" / "verify.py"
-        path = ours if shipped and ours.is_file() else None
-    if path is None:
-        return None
+def prompt_check(path: Path) -> Follow:
+    """`follow` of a Python file. Raises: ValueError where it has none."""
     spec = importlib.util.spec_from_file_location("minireuse_prompt_check", path)
     if spec is None or spec.loader is None or not path.is_file():
         raise ValueError(f"--check {path} is not a Python file; name one with a function follow(images, prompts)")

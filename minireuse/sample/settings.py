@@ -204,7 +204,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompts_file is not None:
         prompts += read_lines(args.prompts_file)
     if not prompts:
-        raise ValueError('no prompt given; use --prompt "a red circle" or --prompts-file FILE')
+        raise ValueError('no prompt given; use --prompt "green hills at noon" or --prompts-file FILE')
     return prompts
 
 

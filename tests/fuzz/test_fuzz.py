@@ -148,7 +148,7 @@ def test_tokenizers(tokenizer_folder: Path, tmp_path: Path) -> None:
 
     def read() -> None:
         text = TextEncoder(config, checkpoint._read_tokenizer(tmp_path, size))
-        text.encode(["a red circle", "", "\U0001f984 <|endoftext|> ..."])
+        text.encode(["a red house", "", "\U0001f984 <|endoftext|> ..."])
 
     @few
     @given(data=st.data())
@@ -198,7 +198,7 @@ def test_journals(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None
 def recipe(pipeline: object) -> dict[str, str]:
     plan = hurry(4, select(pipeline.sites), k=2)  # type: ignore[attr-defined]
     return Recipe(
-        jobs=(("a star", 3), ("a ring", 4)),
+        jobs=(("a lake", 3), ("an oak", 4)),
         place=1,
         negative_prompt="",
         sampler="ddim",
