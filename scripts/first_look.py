@@ -84,7 +84,7 @@ def table(found: dict[str, dict[str, list[float]]]) -> str:
 
     lines = ["| plan | " + " | ".join(f"`{grid}`, dB [95 %]" for grid in found) + " |", "|---" * (len(found) + 1) + "|"]
     for title in next(iter(found.values())):
-        lines.append(f"| {title} | " + " | ".join(cell(rows[title]) for rows in found.values()) + " |")
+        lines += [f"| {title} | " + " | ".join(cell(rows[title]) for rows in found.values()) + " |"]
     return "\n".join(lines) + "\n"
 
 

@@ -1,8 +1,9 @@
 """Train the model from nothing: `python scripts/train.py`.
 
 Renders the scenes, trains the classifier that reads pictures, the VAE, then the U-Net with its text encoder, and writes
-`OUT/model`, a diffusers folder with the classifier and prompts beside it. Interrupted at any point, the same command goes on where it was. On two cores `OMP_NUM_THREADS=1 torchrun
---nproc-per-node 2 scripts/train.py` is faster than one process with two threads.
+`OUT/model`, a diffusers folder with the classifier and prompts beside it. Interrupted at any point, the same command
+goes on where it was. On two cores `OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 scripts/train.py` is faster than one
+process with two threads.
 """
 
 from __future__ import annotations

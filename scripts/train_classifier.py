@@ -30,7 +30,10 @@ MOST_SHIFT = 6  # pixels
 
 
 def worn(images: np.ndarray, rng: np.random.Generator) -> Tensor:
-    """The same scenes in other pictures: mirrored, moved, blurred, noisy. Shapes: (B, H, W, 3) -> (B, 3, H, W) uint8."""
+    """The same scenes in other pictures: mirrored, moved, blurred, noisy.
+
+    Shapes: (B, H, W, 3) uint8 -> (B, 3, H, W) uint8.
+    """
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
     x = torch.stack([one.flip(-1) if rng.random() < 0.5 else one for one in x])
     side = x.shape[-1]

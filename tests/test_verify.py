@@ -26,7 +26,7 @@ class Reader:
 
 
 def test_shares_are_counted_by_question_and_by_what_is_named() -> None:
-    seen = {name: "none" for name in QUESTIONS} | {"time": "at noon", "ground": "red dunes", "trees": "a pine"}
+    seen = dict.fromkeys(QUESTIONS, "none") | {"time": "at noon", "ground": "red dunes", "trees": "a pine"}
     prompts = ["red dunes with a pine at noon", "red dunes with two pines and a lake at noon"]
     found = verify.obedience(Reader(seen), [np.zeros(1)] * 2, prompts)
     assert found["time"] == found["ground"] == found["house"] == 1

@@ -1,7 +1,7 @@
 """Does a picture show its prompt? A small classifier that answers questions about pictures of a captioned world.
 
-It comes with the shipped model, in the folder `classifier`: its questions, the phrases that answer each of them, and its
-weights. A prompt is asked the same questions: an answer holds where its phrase stands in the prompt.
+It comes with the shipped model, in the folder `classifier`: its questions, the phrases that answer each of them, and
+its weights. A prompt is asked the same questions: an answer holds where its phrase stands in the prompt.
 """
 
 from __future__ import annotations
