@@ -43,14 +43,10 @@ def paint(pipe: Pipeline, prompts: Sequence[str], model: Path, steps: int, polic
     """A picture for each prompt, seeded by its number. Shapes: -> (len(prompts), H, W, 3) uint8."""
     policies = policies_for(policy, model, "ddim", lambda: pipe.fingerprint)
     plan = build(policy, pipe.calls("ddim", steps), pipe.sites, policies=policies)
-    return np.concatenate(
-        [
-            pipe.generate(
-                prompts[i : i + 8], seeds=list(range(i, min(i + 8, len(prompts)))), steps=steps, plan=plan
-            ).images
-            for i in tqdm(range(0, len(prompts), 8), desc="paint")
-        ]
-    )
+    seeds = list(range(len(prompts)))
+    parts = [slice(i, i + 8) for i in range(0, len(prompts), 8)]
+    made = (pipe.generate(prompts[part], seeds=seeds[part], steps=steps, plan=plan).images for part in parts)
+    return np.concatenate(list(tqdm(made, desc="paint", total=len(parts))))
 
 
 def obedience(classifier: Classifier, images: Sequence[np.ndarray], prompts: Sequence[str]) -> dict[str, float]:
@@ -88,9 +84,7 @@ def batches(images: Sequence[np.ndarray]) -> Iterator[Tensor]:
 def given_back(pipe: Pipeline, images: Sequence[np.ndarray]) -> float:
     """The mean PSNR, in dB, of renders that the VAE encodes and decodes."""
     with torch.no_grad():
-        decoded = [
-            pipe.vae.decode(pipe.vae.encode(x.float() / 127.5 - 1)) for image in images for x in batches([image])
-        ]
+        decoded = [pipe.vae.decode(pipe.vae.encode(x.float() / 127.5 - 1)) for x in batches(images)]
     back = ((torch.cat(decoded).clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return float(psnr(back, np.stack(images)).mean())
 
