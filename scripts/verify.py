@@ -1,6 +1,7 @@
 """How well does the model paint what it is told? `python scripts/verify.py`.
 
-It paints the evaluation prompts, which no training scene has for a caption, with the full sampler. Then it prints:
+It paints the evaluation prompts, none of which is the caption of a training scene, with the full sampler. Then it
+prints:
 
 - how often the classifier is right on renders that it was not trained on, question by question;
 - how often the classifier finds in the pictures what the prompts say: question by question, over all questions, over
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -89,12 +91,23 @@ def given_back(pipe: Pipeline, images: Sequence[np.ndarray]) -> float:
     return float(psnr(back, np.stack(images)).mean())
 
 
-def save_sheet(images: Sequence[np.ndarray], path: Path, columns: int = 8) -> None:
-    """Write pictures in rows, from the left to the right."""
-    missing = -len(images) % columns
-    tiles = np.stack([*images, *[np.zeros_like(images[0])] * missing])
-    rows = tiles.reshape(-1, columns, *tiles.shape[1:]).transpose(0, 2, 1, 3, 4)
-    Image.fromarray(rows.reshape(rows.shape[0] * rows.shape[1], -1, 3)).save(path)
+def table(found: dict[str, dict[str, float]]) -> str:
+    """What was found, as a table: a row for each question, then what is one number of the whole."""
+    right, shown = found["classifier on renders"], found["pictures"]
+    lines = ["| right, % | classifier on renders | the model's pictures |", "|---|---|---|"]
+    for name, share in shown.items():
+        known = f"{100 * right[name]:.1f}" if name in right else ""
+        lines += [f"| {name} | {known} | {100 * share:.1f} |"]
+    lines += ["", "| | |", "|---|---|"]
+    lines += [f"| Fréchet distance of {name} | {value:.2f} |" for name, value in found["Fréchet distance"].items()]
+    lines += [f"| PSNR of unseen renders through the VAE, dB | {found['VAE']['PSNR, dB']:.1f} |"]
+    return "\n".join(lines) + "\n"
+
+
+def sheet(images: Sequence[np.ndarray], columns: int = 4) -> np.ndarray:
+    """Pictures in rows, from the left to the right; what does not fill a row is left out."""
+    whole = np.stack(images[: len(images) // columns * columns])
+    return rearrange(whole, "(rows columns) h w c -> (rows h) (columns w) c", columns=columns)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,7 +117,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--held-out", type=int, default=1000, metavar="N", help="renders to try the classifier on")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--policy", default="none", help="which U-Net calls reuse: none, hurry, interval, ...")
-    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="where to write the first 32 pictures")
+    parser.add_argument(
+        "--sheet", type=Path, metavar="FILE.png", help="where to write renders of 32 prompts beside the pictures"
+    )
+    parser.add_argument("--report", type=Path, metavar="FILE.md", help="where to write what is printed")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="where to write the figures")
     args = parser.parse_args(argv)
 
@@ -122,18 +138,18 @@ def main(argv: list[str] | None = None) -> None:
         "classifier on renders": accuracy(classifier, np.stack(held_out), [answers(scene) for scene in scenes]),
         "pictures": obedience(classifier, list(images), prompts),
         "Fréchet distance": {
-            "pictures to renders": frechet(classifier.features, batches(one), batches(list(images))),
-            "renders to renders": frechet(classifier.features, batches(one), batches(other)),
+            "the pictures to renders": frechet(classifier.features, batches(one), batches(list(images))),
+            "renders to other renders": frechet(classifier.features, batches(one), batches(other)),
         },
         "VAE": {"PSNR, dB": given_back(pipe, unseen)},
     }
-    for title, values in found.items():
-        print(title)
-        for name, value in values.items():
-            share = title in ("classifier on renders", "pictures")
-            print(f"  {name:<20}" + (f"{100 * value:7.1f} %" if share else f"{value:7.3f}"))
+    print(report := table(found))
+    if args.report:
+        args.report.write_text(report)
     if args.sheet:
-        save_sheet(list(images[:32]), args.sheet)
+        left, right = sheet(one[:32]), sheet(list(images[:32]))
+        gap = np.full((len(left), 16, 3), 255, dtype=np.uint8)
+        Image.fromarray(np.concatenate([left, gap, right], axis=1)).save(args.sheet)
     if args.out:
         args.out.write_text(json.dumps({"prompts": len(prompts), "steps": args.steps, **found}, indent=1) + "\n")
 
