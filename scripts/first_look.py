@@ -37,12 +37,9 @@ POLICIES = {  # what the table calls them
     "hurry:k=10": "HURRY, last 10",
     "early:k=10": "its mirror image, early 10",
     "interval:k=10": "even, 10",
-    "phast:k=4": "PHAST, 4",
-    "phast:k=7": "PHAST, 7",
     "phast:k=10": "PHAST, 10",
     "deepcache": "DeepCache, every other call",
     "deepcache:order=1": "DeepCache, extrapolated",
-    "phast:kind=deep,k=10": "PHAST over deep features, 10",
     "phast:kind=deep,k=10,order=1": "PHAST over deep features, extrapolated, 10",
 }
 PLAIN = [f"steps:{n}" for n in range(STEPS - 1, STEPS // 2 - 1, -1)]

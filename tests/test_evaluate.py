@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ from minireuse.common import metrics
 from minireuse.common.metrics import fidelity, interval, ssim
 from minireuse.evaluate import command as evaluate
 from minireuse.evaluate import report
+from minireuse.evaluate.classifier import Classifier, ClassifierConfig, own_classifier
 from minireuse.search.language import build
 
 from conftest import in_two_processes
+from train_classifier import write
 
 COMMON = [
     "--steps",
@@ -154,9 +157,28 @@ def test_prompt_following_comes_from_the_file_given(argv: list[str], tmp_path: P
     assert not (out / "pareto.png").exists()
 
 
+def test_a_models_own_classifier_judges(argv: list[str], model_folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    classifier = Classifier(ClassifierConfig({"colour": ("red", "blue"), "lake": ("none", "a lake")}, (8, 8))).eval()
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(model_folder, model)
+    write(classifier, model / "classifier")
+    more = ["--model", str(model), "--rounds", "0", "--fid", "classifier", "--policies", "hurry"]
+    assert evaluate.main([*argv, *more, "--out", str(out)]) == 0
+    row = json.loads((out / "results.json").read_text())["rows"]["hurry"]
+    images = [np.array(Image.open(evaluate.picture(out, "hurry", i))) for i in range(3)]
+    judge = own_classifier(model)
+    assert judge is not None
+    assert row["follows"] == judge.follow(images, PROMPTS)
+    assert row["follows"][1] is None  # "a lake" leaves the colour open
+    assert row["fid"] > 0
+    assert evaluate.main([*argv, *more[2:], "--out", str(tmp_path / "none")]) == 2  # a model without one
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--fid", "classifier"], "--fid classifier needs the classifier of the shipped model; use --fid vae"),
         (["--policies", "steps:x"], "'steps:x' is not a number of steps"),
         (["--policies", "nonsense"], "policy is 'nonsense'"),
         (["--against", "pab"], "--against is 'pab', expected one of none, hurry"),
