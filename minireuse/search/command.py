@@ -242,13 +242,14 @@ def report(
         "versions": f"torch {torch.__version__}, python {platform.python_version()}",
     }
     summary = f"{result.plan}\n{result.score:.2f} dB, started from {result.start_score:.2f}"
+    latency = measured_latency(
+        pipeline, result.plan, sampler=args.sampler, steps=grid(args), guidance_scale=args.guidance_scale
+    )
+    about |= {"latency": latency}
+    summary += f", {latency:.2f} of the full sampler's time"
     if costs is not None:
-        latency = measured_latency(
-            pipeline, result.plan, sampler=args.sampler, steps=grid(args), guidance_scale=args.guidance_scale
-        )
-        estimated = costs.latency(result.plan)
-        about |= {"costs": costs.to_json(), "latency_estimated": estimated, "latency": latency}
-        summary += f", {latency:.2f} of the full sampler's time ({estimated:.2f} estimated)"
+        about |= {"costs": costs.to_json(), "latency_estimated": costs.latency(result.plan)}
+        summary += f" ({costs.latency(result.plan):.2f} estimated)"
     if unseen:
         scores = score_unseen(args, pipeline, unseen, args.seed + args.prompts, {"phast": result.plan} | rivals)
         about |= {"unseen_prompts": unseen, "scores_unseen": scores}
