@@ -24,6 +24,8 @@ class Searched:
     model: str  # fingerprint of the U-Net
     sampler: str
     spacing: str = ""  # of the timesteps; empty where the file does not say
+    latency: float | None = None  # the share of the full sampler's time that it took when it was searched
+    unseen: float | None = None  # dB to the full sampler, on prompts that the search has not seen
 
     @property
     def row(self) -> tuple[bool, ...]:
@@ -33,6 +35,11 @@ class Searched:
     def is_spaced_otherwise(self, spacing: str) -> bool:
         """Whether it was searched on another grid of timesteps than this one; not where either is unknown."""
         return bool(self.spacing and spacing and self.spacing != spacing)
+
+    def is_for(self, calls: int, sampler: str, model: str, spacing: str) -> bool:
+        """Whether it was searched for such a run."""
+        same = (self.plan.calls, self.sampler, self.model) == (calls, sampler, model)
+        return same and not self.is_spaced_otherwise(spacing)
 
     def __str__(self) -> str:
         return describe(self.sampler, self.plan.calls, self.plan.reused, self.plan.order)
@@ -44,6 +51,8 @@ def describe(sampler: str, calls: int, reused: int, order: int) -> str:
 
 
 Policy = Callable[..., ReusePlan]
+LATENCY = 0.6  # what `phast` may take of the full sampler's time where nothing else is asked for
+DEEP_CALL = 0.15  # of a full call's time: a call that reuses the deep features of branch 0 (docs/measured.md)
 
 
 def none(calls: int, sites: Iterable[Site]) -> ReusePlan:
@@ -67,19 +76,32 @@ def phast(
     *,
     plans: Iterable[Searched] | None = None,
     k: int | None = None,
-    order: int = 0,
+    order: int | None = None,
+    latency: float | None = None,
     sampler: str = "ddim",
     model: str = "",
     spacing: str = "",
 ) -> ReusePlan:
-    """PHAST: of the plans that searches have found, the one made for what is most like this run, fitted to it.
+    """PHAST: one of the plans that searches have found.
 
-    plans: `minireuse.search.plans_of` reads those of a model. sampler, model, spacing: of this run
-    (`Pipeline.fingerprint`, `Schedule.spacing`).
-    A warning says what was chosen where no plan was searched for just this run.
+    Of sites of several kinds, the plan chooses which reuse: it is the one closest to the full sampler on unseen prompts
+    among those searched for this very run that take at most `latency` of its time (`LATENCY` unless given). Of sites of
+    one kind without a latency, as in the paper, it is the one searched for what is most like this run, fitted to it.
+
+    plans: `minireuse.search.plans_of` reads those of a model. k, order: of the plan; None is any where the plan chooses
+    the sites, else half of the calls and 0. sampler, model, spacing: of this run (`Pipeline.fingerprint`,
+    `Schedule.spacing`).
+    A warning says what was chosen where that does not follow from the arguments alone.
     Raises: PlanError without plans.
     """
-    k, sites, plans = _reuse_count(calls, k), tuple(sites), list(plans or ())
+    sites, plans = tuple(sites), list(plans or ())
+    k = None if k is None else _reuse_count(calls, k)
+    if latency is not None or len({site.kind for site in sites}) > 1:
+        latency = LATENCY if latency is None else latency
+        able = [p for p in plans if p.is_for(calls, sampler, model, spacing) and set(p.plan.sites) <= set(sites)]
+        able = [p for p in able if k in (None, p.plan.reused) and order in (None, p.plan.order)]
+        return _closest_within(latency, able, calls, sites)
+    k, order = _reuse_count(calls, k), order or 0
     advice = "`python -m minireuse.search` searches one for this setting"
     if not plans:
         raise PlanError(
@@ -98,6 +120,38 @@ def phast(
         note = f"there is no plan for this run ({describe(sampler, calls, k, order)})"
         warnings.warn(f"{note}; phast uses one searched {for_what}, scaled to this run; {advice}", stacklevel=2)
     return ReusePlan.stepwise(fit(plan.row, calls, k), sites, order)
+
+
+def _closest_within(latency: float, plans: Iterable[Searched], calls: int, sites: Sequence[Site]) -> ReusePlan:
+    """Of the plans that take at most `latency`, the closest on unseen prompts; else an even one of deep features.
+
+    Nothing is timed here: a plan counts with the time that was measured when it was searched.
+    """
+    if not 0 < latency < 1:
+        raise PlanError(f"latency is {latency}, expected a share of the full sampler's time, such as 0.6")
+    known = [(p.unseen, p.latency, p) for p in plans if p.unseen is not None and p.latency is not None]
+    fast = [(unseen, took, p) for unseen, took, p in known if took <= latency]
+    if fast:
+        unseen, took, found = max(fast, key=lambda each: each[0])
+        what = " and ".join(sorted({_KIND_NAMES[site.kind] for site in found.plan.sites}))
+        how = f"{what}{', extrapolated' * (found.plan.order > 0)}, in {found.plan.reused} of {calls} calls"
+        note = f"phast reuses {how}: {took:.2f} of the full sampler's time, {unseen:.1f} dB on unseen prompts"
+        warnings.warn(note, stacklevel=3)
+        return found.plan
+    search = f"python -m minireuse.search --kind deep --order 1 --budget-latency {latency:g} --out plan.json"
+    none_found = f"no plan searched for this run is known to take at most {latency:g} of the full sampler's time"
+    if not any(site.kind == "deep" for site in sites):
+        raise PlanError(f"{none_found}; search one with `{search}`, or leave out the kind of site")
+    k = min(calls - 1, math.ceil(calls * (1 - latency) / (1 - DEEP_CALL)))
+    warnings.warn(
+        f"{none_found}, so phast reuses deep features, extrapolated, in {k} of {calls} calls, evenly; "
+        f"`{search}` searches a better plan",
+        stacklevel=3,
+    )
+    return replace(interval(calls, select(sites, kind="deep"), k=k), order=1)
+
+
+_KIND_NAMES = {"map": "attention maps", "out": "attention outputs", "deep": "deep features"}
 
 
 def early(calls: int, sites: Iterable[Site], *, k: int | None = None) -> ReusePlan:

@@ -37,7 +37,7 @@ POLICIES = {  # what the table calls them
     "hurry:k=10": "HURRY, last 10",
     "early:k=10": "its mirror image, early 10",
     "interval:k=10": "even, 10",
-    "phast:k=10": "PHAST, 10",
+    "phast:kind=map,k=10": "PHAST, 10",
     "deepcache": "DeepCache, every other call",
     "deepcache:order=1": "DeepCache, extrapolated",
     "phast:kind=deep,k=10,order=1": "PHAST over deep features, extrapolated, 10",

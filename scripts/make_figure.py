@@ -19,9 +19,9 @@ from minireuse.search.language import build, policies_for
 ROWS = {  # policy: what the picture calls it, and what it does
     "none": ("none", "full sampler"),
     "hurry": ("hurry", "attention maps,\nlast 10 calls"),
-    "phast": ("phast", "attention maps,\n10 calls, searched"),
-    "phast:kind=deep": ("phast:kind=deep", "deep features,\nheld"),
-    "phast:kind=deep,order=1": ("phast:kind=deep,\norder=1", "deep features,\nextrapolated"),
+    "phast:kind=map": ("phast:kind=map", "attention maps,\n10 calls, searched"),
+    "phast:kind=deep": ("phast:kind=deep", "deep features,\n10 calls, searched"),
+    "phast": ("phast", "the closest plan\nwithin 0.6 of\nthe time"),
 }
 PROMPTS = (
     "snowy hills with two pines, a red house and mountains at sunset",

@@ -89,6 +89,7 @@ def test_policies_in_commands_can_be_built(page: Path) -> None:
         names = [getattr(args, "policy", None), *(getattr(args, "policies", None) or [])]
         for name in (n for n in names if n and not n.startswith("steps:") and not n.endswith(".json")):
             chosen = {"k": args.reuse, "which": getattr(args, "sites", None), "kind": getattr(args, "kind", None)}
+            chosen |= {"latency": getattr(args, "latency", None)}
             policies = policies_for(name, None, "ddim", lambda: "")
             plan = build(name, 20, sites, policies=policies, **{key: value for key, value in chosen.items() if value})
             assert plan.reused > 0 or name == "none", name

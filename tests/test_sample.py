@@ -210,7 +210,7 @@ def test_every_option_arrives_where_it_belongs(
 
 
 def test_long_prompts_and_phast_say_what_they_do(run) -> None:
-    status, out, err = run("--policy", "phast", "--json", prompt="a " * 100 + "red circle")
+    status, out, err = run("--policy", "phast:kind=map", "--json", prompt="a " * 100 + "red circle")
     assert status == 0
     assert json.loads(out)["reused"] == 2
     assert "; phast uses one searched with another model" in err

@@ -11,12 +11,14 @@ import pytest
 
 import minireuse
 from minireuse.plan import PlanError, ReusePlan, Site
-from minireuse.policies import fit, phast, select
+from minireuse.policies import Policy, fit, interval, phast, select
 from minireuse.sample import command as sample
-from minireuse.search import plans_of, read_searched
+from minireuse.search import build, plans_of, read_searched
 
 MAPS = tuple(Site(f"block.{name}", "map") for name in ("attn1", "attn2"))
 OUTS = tuple(Site(s.address, "out") for s in MAPS)
+DEEP = (Site("up_blocks.1", "deep", 0), Site("up_blocks.0", "deep", 1))
+EVERY = (*MAPS, *OUTS, *DEEP)
 
 
 def row(grid: str) -> tuple[bool, ...]:
@@ -24,11 +26,18 @@ def row(grid: str) -> tuple[bool, ...]:
 
 
 def written(
-    folder: Path, name: str, grid: str, model: str = "aa", sampler: str = "ddim", sites: tuple = MAPS, order: int = 0
+    folder: Path,
+    name: str,
+    grid: str,
+    model: str = "aa",
+    sampler: str = "ddim",
+    sites: tuple = MAPS,
+    order: int = 0,
+    **about: object,
 ) -> Path:
     plan = json.loads(ReusePlan.stepwise(row(grid), sites, order).to_json())
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(json.dumps(plan | {"about": {"model": model, "sampler": sampler}}))
+    (folder / name).write_text(json.dumps(plan | {"about": {"model": model, "sampler": sampler} | about}))
     return folder / name
 
 
@@ -135,6 +144,81 @@ def test_without_a_plan_for_such_sites_phast_is_hurry_and_says_so(tmp_path: Path
         assert phast(6, deep, k=2, plans=[maps], model="aa").grid == "....##"
     with pytest.warns(UserWarning, match="phast uses one searched with another model and other sites"):
         assert phast(9, MAPS, k=3, plans=plans_of()).reused == 3  # of those that ship
+
+
+@pytest.fixture
+def ladder(tmp_path: Path) -> Policy:
+    """`phast` with plans of several kinds and times, of this run and of others."""
+    folder, this = tmp_path / "plans", {"spacing": "leading"}
+    for name, grid, sites, order, took, unseen in (
+        ("maps", "..#.##", MAPS, 0, 1.1, 45.0),
+        ("outs", ".#.#.#", OUTS, 0, 0.9, 41.0),
+        ("deep", ".#.#.#", DEEP[:1], 1, 0.58, 37.0),
+        ("deeper", "..#.##", DEEP[:1], 0, 0.57, 35.0),
+        ("branch", ".#.#.#", DEEP[1:], 1, 0.7, 40.0),
+    ):
+        scores = {"phast": unseen, "hurry": 1.0}
+        written(folder, f"{name}.json", grid, sites=sites, order=order, latency=took, scores_unseen=scores, **this)
+    written(folder, "other.json", ".#####", sites=DEEP[:1], model="bb", latency=0.1, scores_unseen={"phast": 99.0})
+    written(folder, "untimed.json", "...###", sites=DEEP[:1], scores_unseen={"phast": 99.0}, **this)
+    written(folder, "unscored.json", "....##", sites=DEEP[:1], latency=0.1, **this)
+    written(folder, "grid.json", ".###.#", sites=DEEP[:1], latency=0.1, scores_unseen={"phast": 99.0}, spacing="karras")
+    return partial(phast, plans=plans_of(tmp_path), model="aa", spacing="leading")
+
+
+@pytest.mark.parametrize(
+    ("expression", "given", "grid", "sites", "order"),
+    [
+        ("phast", {}, ".#.#.#", DEEP[:1], 1),  # 0.6 of the time
+        ("phast", {"latency": 0.575}, "..#.##", DEEP[:1], 0),
+        ("phast", {"latency": 0.75}, ".#.#.#", DEEP[1:], 1),
+        ("phast:latency=0.95", {}, ".#.#.#", OUTS, 0),
+        ("phast:latency=0.95,kind=deep", {}, ".#.#.#", DEEP[1:], 1),
+        ("phast:latency=0.95,order=0,kind=deep", {}, "..#.##", DEEP[:1], 0),
+        ("phast", {"latency": 0.95, "kind": "out"}, ".#.#.#", OUTS, 0),
+    ],
+)
+def test_phast_is_the_closest_plan_within_a_time(
+    ladder: Policy, expression: str, given: dict, grid: str, sites: tuple, order: int
+) -> None:
+    with pytest.warns(UserWarning, match=r"phast reuses .* of the full sampler's time, .* dB on unseen prompts"):
+        plan = build(expression, 6, EVERY, policies={"phast": ladder}, **given)
+    assert (plan.grid, set(plan.sites), plan.order) == (grid, set(sites), order)
+
+
+def test_what_was_chosen_is_told(ladder: Policy) -> None:
+    with pytest.warns(
+        UserWarning, match="reuses deep features, extrapolated, in 3 of 6 calls: 0.58 of .* time, 37.0 dB"
+    ):
+        ladder(6, EVERY)
+
+
+@pytest.mark.parametrize("given", [{"kind": "map"}, {"k": 3}, {"which": "both"}])
+def test_a_kind_or_a_number_of_calls_asks_for_the_papers_plan(ladder: Policy, given: dict) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert build("phast", 6, EVERY, policies={"phast": ladder}, **given).sites == MAPS
+
+
+def test_where_nothing_was_searched_deep_features_are_extrapolated_evenly(ladder: Policy) -> None:
+    said = (
+        r"no plan searched .* at most 0.5 .*, in 6 of 10 calls, evenly; `python -m minireuse.search --kind deep .* 0.5"
+    )
+    with pytest.warns(UserWarning, match=said):
+        plan = ladder(10, EVERY, latency=0.5)
+    assert (plan.grid, plan.sites, plan.order) == (interval(10, DEEP, k=6).grid, DEEP[:1], 1)
+    with pytest.raises(PlanError, match="leave out the kind of site"):
+        ladder(10, MAPS, latency=0.5)
+    with pytest.raises(PlanError, match=r"latency is 1\.5, expected a share"):
+        ladder(10, EVERY, latency=1.5)
+    with pytest.raises(PlanError, match="hurry takes none; ask for phast"):
+        build("hurry", 6, EVERY, latency=0.5)
+
+
+@pytest.mark.parametrize("wrong", [True, "fast", [0.5], float("nan"), None])
+def test_times_and_scores_that_are_no_numbers_count_as_unknown(tmp_path: Path, wrong: object) -> None:
+    found = read_searched(written(tmp_path, "p.json", ".#", latency=wrong, scores_unseen={"phast": wrong}))
+    assert (found.latency, found.unseen) == (None, None)
 
 
 @pytest.mark.parametrize("given", [{}, {"plans": None}, {"plans": []}])

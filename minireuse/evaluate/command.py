@@ -46,8 +46,8 @@ from minireuse.plan import ReusePlan
 from minireuse.samplers import SAMPLERS
 from minireuse.search import Renderer, build, policies_for, takes_count
 
-SEARCHED = ("phast", "phast:kind=out", "phast:kind=deep")
-LINES = ("phast:order=1", "phast:kind=out,order=1", "phast:kind=deep,order=1")
+SEARCHED = ("phast", "phast:kind=map", "phast:kind=out", "phast:kind=deep")
+LINES = ("phast:kind=map,order=1", "phast:kind=out,order=1", "phast:kind=deep,order=1")
 DEFAULT = ("hurry", *SEARCHED, *LINES, "interval", "deepcache", "tgate", "pab")
 SEED = 1000  # of the first prompt; searches use those from 0
 T = TypeVar("T")

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             render = lambda p: paint(settings, pipeline, init_image, settings.jobs[:1], p).images  # noqa: E731
             plan = within_budget(parse_bytes(args.cache_budget), pipeline, plan, shape, render)
 
-    recipe = make_recipe(settings, pipeline, plan, watched="" if args.save_maps is None else settings.sites)
+    recipe = make_recipe(settings, pipeline, plan, watched="" if args.save_maps is None else settings.sites or "both")
     recipe.check_text()
     if settings.compile:
         from minireuse.compilation import CompiledUNet  # a room that is entered only where it is asked for
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             recorder = None
             if args.save_maps is not None:
                 words = [words_of(pipeline.text.pieces(prompt)) for prompt, _ in batch]
-                sites = select(pipeline.sites, settings.sites)
+                sites = select(pipeline.sites, settings.sites or "both")
                 recorder = MapRecorder(args.save_maps, sites, words, first=len(written))
             with advice_on_memory(pipeline.unet, plan, replace(shape, batch=len(batch))):
                 result = paint(settings, pipeline, init_image, batch, plan, recorder, lambda step: bar.update())
@@ -160,6 +160,7 @@ def make_plan(settings: Settings, pipeline: Pipeline, calls: int) -> ReusePlan:
         k=settings.reuse,
         which=settings.sites,
         kind=settings.kind,
+        latency=settings.latency,
         policies=policies,
     )
 

@@ -59,10 +59,14 @@ def sample_parser() -> argparse.ArgumentParser:
     reuse.add_argument("--reuse", type=int, metavar="N", help=count_help)
     sites_help = "which attention layers reuse; default: both"
     reuse.add_argument("--sites", choices=("self", "cross", "both"), help=sites_help)
-    reuse.add_argument("--kind", choices=KINDS, help="attention maps (default), attention outputs, or deep features")
+    reuse.add_argument(
+        "--kind", choices=KINDS, help="attention maps (default, but for phast), attention outputs, or deep features"
+    )
     reuse.add_argument("--cache-dtype", choices=CACHE_DTYPES, default="float16")
     budget_help = "the most memory the cache may take, such as 512MiB; fewer sites reuse if needed"
     reuse.add_argument("--cache-budget", metavar="SIZE", help=budget_help)
+    latency_help = "for phast: the closest searched plan that takes at most R of the full sampler's time; default: 0.6"
+    reuse.add_argument("--latency", type=float, metavar="R", help=latency_help)
     add_model_options(p)
     out = p.add_argument_group("output")
     out.add_argument("--out", type=Path, metavar="PATH", help="file for one image, folder for several")

@@ -31,7 +31,8 @@ class Settings:
     jobs: prompts and seeds. wanted: the numbers of the jobs whose pictures are written.
     steps: how many, or the timesteps themselves. spacing: of them; None is the model's own.
     guidance_scale: None is the model's own. height, width: None is what the model was trained at.
-    reuse: the number of calls that reuse; None is the policy's own. sites, kind: what reuses, and whose maps are saved.
+    reuse: the number of calls that reuse; sites, kind: what reuses, and whose maps are saved; latency: for `phast`, the
+    most that the plan may take of the full sampler's time. None of these is the policy's own.
     recipe: what a PNG says it was made from, where one is made again.
     """
 
@@ -53,8 +54,9 @@ class Settings:
     compile: bool
     policy: str
     reuse: int | None
-    sites: str
-    kind: str
+    sites: str | None
+    kind: str | None
+    latency: float | None
     cache_dtype: str
     model: Path | None
     tokenizer: str | None
@@ -115,8 +117,9 @@ def _asked(args: argparse.Namespace) -> Settings:
         compile=bool(args.compile),
         policy=args.policy,
         reuse=args.reuse,
-        sites=args.sites or "both",
-        kind=args.kind or "map",
+        sites=args.sites,
+        kind=args.kind,
+        latency=args.latency,
         cache_dtype=args.cache_dtype,
         model=args.model,
         tokenizer=args.tokenizer,
@@ -173,8 +176,9 @@ def _made_again(args: argparse.Namespace) -> Settings:
         compile=compiles,
         policy=recipe.policy,
         reuse=None,
-        sites=recipe.watched or "both",
-        kind="map",
+        sites=recipe.watched or None,
+        kind=None,
+        latency=None,
         cache_dtype=recipe.cache_dtype,
         model=Path(recipe.model) if args.model is None and recipe.model != SHIPPED else args.model,
         tokenizer=args.tokenizer,

@@ -37,8 +37,9 @@ def build(
     sites: Iterable[Site],
     *,
     k: int | None = None,
-    which: str = "both",
-    kind: str = "map",
+    which: str | None = None,
+    kind: str | None = None,
+    latency: float | None = None,
     policies: Mapping[str, Policy] = POLICIES,
 ) -> ReusePlan:
     """The plan a text names: a policy, a plan file, or several joined by `|`.
@@ -47,14 +48,18 @@ def build(
     `order`, that of the plan; those that reuse the sites they are given have what `select` chooses by: `kind`, `sites`,
     `branch`.
 
-    sites: the model's; k, which, kind: for the policies that reuse the sites they are given; policies: by name.
+    sites: the model's; k, which, kind: for the policies that reuse the sites they are given, by default maps in all of
+    attention; latency: for `phast`, which without any of these chooses the sites, too; policies: by name.
     Raises: PlanError for an unknown name or knob, or what the policy itself refuses; OSError for an unreadable file.
     """
     sites = tuple(sites)
     terms = [term.strip() for term in expression.split("|")]
     if k is not None and not takes_count(expression, policies):
         raise PlanError(f"{expression} has no knob k; see docs/choosing-a-policy.md")
-    return reduce(operator.or_, (_term(term, calls, sites, k, which, kind, policies) for term in terms))
+    if latency is not None and "phast" not in names_in(expression):
+        raise PlanError(f"latency chooses among searched plans, and {expression} takes none; ask for phast")
+    given = {"k": k, "latency": latency}, {"sites": which, "kind": kind}
+    return reduce(operator.or_, (_term(term, calls, sites, *given, policies) for term in terms))
 
 
 def names_in(expression: str) -> list[str]:
@@ -77,11 +82,11 @@ def _term(
     term: str,
     calls: int,
     sites: tuple[Site, ...],
-    k: int | None,
-    which: str,
-    kind: str,
+    numbers: Mapping[str, float | None],
+    words: Mapping[str, str | None],
     policies: Mapping[str, Policy],
 ) -> ReusePlan:
+    """The plan of one policy or file. numbers, words: what the command line says of knobs; the term says it better."""
     name, _, settings = term.partition(":")
     if name not in policies:
         if not Path(term).is_file():
@@ -89,22 +94,33 @@ def _term(
             raise PlanError(f"policy is {term!r}, expected one of {known}, or an existing plan file")
         return read_plan(Path(term), sites)[0]
     policy = policies[name]
-    numbers: dict[str, Any] = {"order": 0, "branch": 0, "k": k}
+    knows: dict[str, Any] = dict(numbers) | dict(words)
     own = [p for p in inspect.signature(policy).parameters if p not in GIVEN]
     choosing = () if name in RELATIVES else ("kind", "sites", "branch")
     knobs = list(dict.fromkeys((*own, "order", *choosing)))
-    words = {"kind": kind, "sites": which}
     for setting in filter(None, settings.split(",")):
         knob, _, value = setting.partition("=")
         if knob in words and knob in choosing:
-            words[knob] = value
+            knows[knob] = value
             continue
         try:
-            numbers[knob] = float(value) if "." in value else int(value)
+            knows[knob] = float(value) if "." in value else int(value)
         except ValueError:
             raise PlanError(f"policy {term}: {setting!r} is not knob=number") from None
         if knob not in knobs:
             raise PlanError(f"policy {term}: no knob {knob!r}; {name} has {', '.join(knobs)}")
-    chosen = select(sites, words["sites"], words["kind"], numbers["branch"]) if choosing else sites
-    plan = policy(calls, chosen, **{knob: value for knob, value in numbers.items() if knob in own})
-    return replace(plan, order=numbers["order"])
+    plan = policy(calls, _chosen(name, sites, knows), **{knob: value for knob, value in knows.items() if knob in own})
+    return plan if knows.get("order") is None else replace(plan, order=knows["order"])
+
+
+def _chosen(name: str, sites: tuple[Site, ...], knows: Mapping[str, Any]) -> tuple[Site, ...]:
+    """The sites that a policy is given: all of them, or those that the knobs `kind`, `sites` and `branch` choose."""
+    kind, which, branch = (knows.get(knob) for knob in ("kind", "sites", "branch"))
+    if name in RELATIVES:
+        return sites
+    if name == "phast" and which is None and branch is None:
+        if knows.get("latency") is not None:
+            return sites if kind is None else tuple(site for site in sites if site.kind == kind)  # in every branch
+        if all(knows.get(knob) is None for knob in ("kind", "k", "order")):
+            return sites
+    return select(sites, which or "both", kind or "map", branch or 0)

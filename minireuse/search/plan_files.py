@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,18 @@ def read_searched(path: Path) -> Searched:
         raise PlanError(f"{path} does not say what it was searched for; remove it, or search it again")
     if plan.grid is None:
         raise PlanError(f"{path} gives sites different rows; the folder plans/ may hold only step-wise plans")
-    return Searched(plan, str(about["model"]), str(about["sampler"]), str(about.get("spacing") or ""))
+    scores = about.get("scores_unseen")
+    unseen = scores.get("phast") if isinstance(scores, dict) else None
+    spacing = str(about.get("spacing") or "")
+    return Searched(
+        plan, str(about["model"]), str(about["sampler"]), spacing, _number(about.get("latency")), _number(unseen)
+    )
+
+
+def _number(value: Any) -> float | None:
+    """A finite number of a file; None for anything else."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number else None
 
 
 def plans_of(model: Path | None = None) -> list[Searched]:
