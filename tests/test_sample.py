@@ -218,6 +218,19 @@ def test_long_prompts_and_phast_say_what_they_do(run) -> None:
     assert "red circle" in err
 
 
+def test_phast_by_itself_saves_time_with_any_model(run) -> None:
+    """The tiny model has no plans of its own, so deep features are extrapolated evenly."""
+    status, out, err = run("--policy", "phast", "--json", steps=10)
+    assert (status, json.loads(out)["plan"]) == (0, ".#.#.#.#.#")
+    assert "at most 0.6 of the full sampler's time, so phast reuses deep features, extrapolated, in 5 of 10 calls" in err
+    status, out, err = run("--policy", "phast", "--latency", "0.3", "--json", steps=10)
+    assert (status, json.loads(out)["reused"]) == (0, 9)
+    status, _, err = run("--policy", "hurry", "--latency", "0.3")
+    assert (status, "hurry takes none; ask for phast" in err) == (2, True)
+    status, _, err = run("--policy", "phast", "--latency", "3")
+    assert (status, "latency is 3.0, expected a share" in err) == (2, True)
+
+
 NASTY = {
     "empty": "",
     "spaces": "   ",
