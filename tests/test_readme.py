@@ -170,7 +170,8 @@ def test_the_readmes_numbers_are_those_of_the_evaluation() -> None:
     for _, policy, *numbers in rows:
         names = ("PSNR, dB [95 %]", "time", "time, explicit maps", "cache, MiB")
         assert numbers == [measured[policy][name].split(" [")[0] for name in names], policy
-    outputs, deep = (100 - 100 * float(measured[name]["time"].split()[0]) for name in ("`interval:kind=out`", "`phast`"))
+    taken = [float(measured[name]["time"].split()[0]) for name in ("`interval:kind=out`", "`phast`")]
+    outputs, deep = (100 - 100 * share for share in taken)
     sentence = f"outputs save {outputs:.0f} % and deep features save {deep:.0f} %"
     assert sentence in " ".join(README.split())
 
