@@ -317,8 +317,9 @@ class ReuseCache:
         if site.kind == "map":
             kept = new_map(value.shape, self.dtype, self.device or value.device)
             kept.fill(value)
-        else:
-            kept = copy_of(value, self.dtype, self.device or value.device)
+        else:  # the prediction is small, and what is lost of it no later layer could even out
+            kept_as = value.dtype if site.kind == "eps" else self.dtype
+            kept = copy_of(value, kept_as, self.device or value.device)
         self.put(site, Entry(kept, dtype, step.guided, before))
 
     def reserve(self, site: Site, shape: Sequence[int], step: StepPlan, like: Tensor) -> CacheTensor:
@@ -386,8 +387,11 @@ class ReuseCache:
 def _conditional(site: Site, entry: Entry) -> Entry:
     """What a guided call stored, for a call without guidance.
 
-    Where guidance has ended T-GATE goes on with the mean of both halves' cross attention (arXiv 2404.02747).
+    Where guidance has ended T-GATE goes on with the mean of both halves' cross attention (arXiv 2404.02747). In the
+    prediction both halves are one already.
     """
+    if site.kind == "eps":
+        return replace(entry, guided=False)
     mean = site.kind == "out" and site.is_cross
     before = None if entry.before is None else entry.before.half(mean=mean)
     return replace(entry, tensor=entry.tensor.half(mean=mean), before=before, guided=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from minireuse.attention import TextKV, Watch
 from minireuse.cache import ReuseCache
-from minireuse.plan import ReusePlan, StepPlan
-from minireuse.samplers import Denoise, from_v
+from minireuse.plan import PREDICTION, ReusePlan, StepPlan
+from minireuse.samplers import Answer, Denoise, Prediction, from_v
 from minireuse.schedule import Schedule
 
 
@@ -66,13 +67,14 @@ def guided_denoise(
     if guidance_scale == 1:
         plan = unguided(plan)
     steps = [replace(plan.step(call), explicit=attention == "explicit") for call in range(plan.calls)]
+    inner = [replace(step, store=step.store - {PREDICTION}, keep=step.keep - {PREDICTION}) for step in steps]
     # The prompt does not change between calls, so its keys and values are computed here, once per batch layout.
     prompt = context if guidance_scale == 1 else context.chunk(2)[1]
     layouts = {step.guided for step in steps}
     text = {guided: unet.text_kv(context if guided else prompt) for guided in layouts}
 
     def predict(x: Tensor, t: float, call: int) -> Tensor:
-        step = steps[call]
+        step = inner[call]
         # The solver's state stays in float32 whatever precision the model computes in.
         latents = x.to(context.dtype)
         if step.guided:
@@ -82,4 +84,22 @@ def guided_denoise(
             return rescaled(output, conditional, guidance_rescale) if guidance_rescale else output
         return unet(latents, t, text[False], step, cache, watch).to(x.dtype)
 
-    return predict if schedule.prediction_type == "epsilon" else from_v(predict, schedule)
+    return _keeping(predict if schedule.prediction_type == "epsilon" else from_v(predict, schedule), steps, cache)
+
+
+def _keeping(denoise: Denoise, steps: Sequence[StepPlan], cache: ReuseCache) -> Denoise:
+    """The same, with reuse of the guided prediction: as eps, whatever the model predicts, in the solver's precision.
+
+    Under DDIM a held eps is DDIM on fewer of the same timesteps.
+    """
+
+    def remember(x: Tensor, t: float, call: int) -> Answer:
+        step = steps[call]
+        if PREDICTION in step.reuse:
+            return cache.load(PREDICTION, x.shape, step, like=x).read(x)
+        answer = denoise(x, t, call)
+        if PREDICTION in step.store:
+            cache.store(PREDICTION, answer.eps if isinstance(answer, Prediction) else answer, step, dtype=x.dtype)
+        return answer
+
+    return remember if any(PREDICTION in step.store for step in steps) else denoise

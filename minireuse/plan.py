@@ -23,7 +23,7 @@ import numpy as np
 
 from minireuse.files import parse_json, shown
 
-KINDS = ("map", "out", "deep")
+KINDS = ("map", "out", "deep", "eps")
 ORDERS = (0, 1)
 
 
@@ -36,7 +36,8 @@ class Site:
     """One reusable tensor of the U-Net: the path of a module, and which of its tensors.
 
     Kinds: `map` is the probabilities after the softmax, `out` the attention's output before the residual, `deep` the
-    feature that enters this layer of the up path: where it is reused, nothing deeper in the U-Net runs.
+    feature that enters this layer of the up path: where it is reused, nothing deeper in the U-Net runs. `eps` is the
+    guided prediction itself: where it is reused, the U-Net does not run at all.
     """
 
     address: str
@@ -56,9 +57,14 @@ class Site:
 
     def skips(self, other: Site) -> bool:
         """Whether reusing this site means that the other one is neither computed nor read."""
+        if self.kind == "eps":
+            return other != self
         if self.kind == "deep":
             return other.depth > self.depth
         return self.kind == "out" and other.kind == "map" and other.address == self.address
+
+
+PREDICTION = Site("unet", "eps")
 
 
 @dataclass(frozen=True)

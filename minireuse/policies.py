@@ -51,6 +51,7 @@ def describe(sampler: str, calls: int, reused: int, order: int) -> str:
 
 
 Policy = Callable[..., ReusePlan]
+KIND_NAMES = {"map": "attention maps", "out": "attention outputs", "deep": "deep features", "eps": "predictions"}
 LATENCY = 0.6  # what `phast` may take of the full sampler's time where nothing else is asked for
 DEEP_CALL = 0.15  # of a full call's time: a call that reuses the deep features of branch 0 (docs/measured.md)
 
@@ -133,7 +134,7 @@ def _closest_within(latency: float, plans: Iterable[Searched], calls: int, sites
     fast = [(unseen, took, p) for unseen, took, p in known if took <= latency]
     if fast:
         unseen, took, found = max(fast, key=lambda each: each[0])
-        what = " and ".join(sorted({_KIND_NAMES[site.kind] for site in found.plan.sites}))
+        what = " and ".join(sorted({KIND_NAMES[site.kind] for site in found.plan.sites}))
         how = f"{what}{', extrapolated' * (found.plan.order > 0)}, in {found.plan.reused} of {calls} calls"
         note = f"phast reuses {how}: {took:.2f} of the full sampler's time, {unseen:.1f} dB on unseen prompts"
         warnings.warn(note, stacklevel=3)
@@ -149,9 +150,6 @@ def _closest_within(latency: float, plans: Iterable[Searched], calls: int, sites
         stacklevel=3,
     )
     return replace(interval(calls, select(sites, kind="deep"), k=k), order=1)
-
-
-_KIND_NAMES = {"map": "attention maps", "out": "attention outputs", "deep": "deep features"}
 
 
 def early(calls: int, sites: Iterable[Site], *, k: int | None = None) -> ReusePlan:
@@ -256,11 +254,11 @@ def select(sites: Iterable[Site], which: str = "both", kind: str = "map", branch
         raise PlanError(f"sites is {which!r}, expected self, cross or both")
     if kind not in KINDS:
         raise PlanError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    if kind == "deep" and which != "both":
-        raise PlanError(f"deep features belong to no attention layer; leave out sites={which}")
+    if kind in ("deep", "eps") and which != "both":
+        raise PlanError(f"{KIND_NAMES[kind]} belong to no attention layer; leave out sites={which}")
     if branch and kind != "deep":
         raise PlanError(f"branch numbers the deep features, but kind is {kind!r}; ask for kind deep, or no branch")
-    chosen = [s for s in sites if s.kind == kind and (kind == "deep" or s.is_cross in wanted[which])]
+    chosen = [s for s in sites if s.kind == kind and (which == "both" or s.is_cross in wanted[which])]
     if kind == "deep" and chosen:
         branches = sorted(chosen, key=lambda s: s.depth)
         _require_whole("branch", branch, 0, len(branches) - 1)

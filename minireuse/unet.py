@@ -18,7 +18,7 @@ from minireuse.attention import Attention, SpatialTransformer, Text, TextKV, Tra
 from minireuse.cache import ReuseCache
 from minireuse.config import UNetConfig
 from minireuse.layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample, timestep_embedding
-from minireuse.plan import PLAIN, Site, StepPlan
+from minireuse.plan import PLAIN, PREDICTION, Site, StepPlan
 
 EPS = 1e-5  # of the group norms outside the transformers
 
@@ -155,10 +155,10 @@ class UNet(nn.Module):
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Every reusable tensor: maps, outputs, deep features, each kind in the order of the walk."""
+        """Every reusable tensor: maps, outputs and deep features, in the order of the walk, and the prediction."""
         maps = [layer.map_site for layer in self.attention_layers]
         outputs = [layer.out_site for layer in self.attention_layers]
-        return (*maps, *outputs, *self.deep_sites)
+        return (*maps, *outputs, *self.deep_sites, PREDICTION)
 
     def text_kv(self, context: Tensor) -> TextKV:
         """What cross attention makes of the prompt: computed once, it can be given to every call as `context`.

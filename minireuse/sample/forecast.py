@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from minireuse.cache import Entry, ReuseCache
 from minireuse.guidance import unguided
-from minireuse.plan import ReusePlan, Site
+from minireuse.plan import PREDICTION, ReusePlan, Site
 from minireuse.unet import UNet
 
 
@@ -66,5 +66,8 @@ def forecast(
         else:
             images = batch * (2 if step.guided else 1)
             context = meta(images, tokens, config.cross_attention_dim)
-            unet(meta(images, config.in_channels, *size), meta(1), context, step, ledger)
+            inner = replace(step, store=step.store - {PREDICTION}, keep=step.keep - {PREDICTION})
+            unet(meta(images, config.in_channels, *size), meta(1), context, inner, ledger)
+        if PREDICTION in step.store:
+            ledger.store(PREDICTION, meta(batch, config.out_channels, *size), step, torch.float32)
     return Forecast(ledger.sites, ledger.peak_nbytes)

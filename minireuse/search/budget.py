@@ -81,14 +81,14 @@ def starts(
 
 
 def groups_of(sites: Iterable[Site], levels: int) -> dict[str, tuple[Site, ...]]:
-    """Attention sites by kind, self or cross, and resolution; deep sites each for itself.
+    """Attention sites by kind, self or cross, and resolution; other sites each for itself.
 
     levels: of the U-Net; resolution 0 is the latents' own, each further one half of it.
     """
     groups: dict[str, tuple[Site, ...]] = {}
     for site in sites:
         name = site.address
-        if site.kind != "deep":
+        if site.kind in ("map", "out"):
             name = f"{'cross' if site.is_cross else 'self'} attention at resolution {_level(site.address, levels)}"
         key = f"{site.kind} of {name}"
         groups[key] = (*groups.get(key, ()), site)
