@@ -150,7 +150,7 @@ def test_layerwise_finds_the_best_plan_of_an_additive_world() -> None:
         state = np.stack([plan.mask[:, plan.sites.index(s)] for s in (A, B)], axis=1)
         return -10 * np.log10(((damage * state).sum() + 1e-9) / 255**2)
 
-    result = layerwise(scored(score), 5, [[A], [B]], latency=COSTS.latency, budget=0.85, steepest=True)
+    result = layerwise(scored(score), 5, [[A], [B]], latency=COSTS.latency, budget=0.85)
     assert COSTS.latency(result.plan) <= 0.85
     lines = layerwise(scored(score), 5, [[A], [B]], latency=COSTS.latency, budget=0.85, order=1)
     assert (lines.plan.order, COSTS.latency(lines.plan) <= 0.85) == (1, True)

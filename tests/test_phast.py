@@ -16,7 +16,7 @@ from minireuse.common.journal import Journal
 from minireuse.common.metrics import psnr
 from minireuse.plan import PlanError, ReusePlan, Site
 from minireuse.policies import early, hurry, interval, select, tgate
-from minireuse.search import Renderer, improve, search
+from minireuse.search import Renderer, Rounds, improve, search
 from minireuse.search.render import refill
 
 A = Site("x.attn1", "map")
@@ -32,12 +32,44 @@ def total(plan: ReusePlan) -> float:
 @pytest.mark.parametrize("k", [1, 3, 4, 7])
 def test_search_finds_the_optimum_of_a_smooth_landscape(k: int, steepest: bool) -> None:
     best = max(sum(WEIGHTS[list(chosen)]) for chosen in itertools.combinations(range(1, 8), k))
-    result = search(lambda plan: plan, hurry(8, [A], k=k), [A], k=k, score=total, steepest=steepest)
+    result = search(lambda plan: plan, hurry(8, [A], k=k), [A], k=k, score=total, how=Rounds(first=not steepest))
     assert result.score == best == total(result.plan)
     assert result.finished
     assert result.plan.reused == k
     assert result.start_score == total(hurry(8, [A], k=k))
     assert len({grid for grid, _ in result.tried}) == len(result.tried)
+
+
+def test_a_heat_on_few_prompts_chooses_what_is_scored_on_all() -> None:
+    """Prompt 0 alone likes late calls; all prompts together like the weights."""
+    asked: list[tuple[int, Sequence[int] | None]] = []
+
+    def score_many(plans: Sequence[ReusePlan], prompts: Sequence[int] | None) -> Iterator[float]:
+        asked.append((len(plans), prompts))
+        for plan in plans:
+            yield total(plan) if prompts is None else float(plan.mask[:, 0] @ np.arange(8))
+
+    how = Rounds(heat=(0,), finalists=2)
+    result = improve(score_many, hurry(8, [A], k=1), [A], k=1, how=how)
+    assert asked[:3] == [(1, None), (6, (0,)), (2, None)]
+    # Of the moves away from call 7 the heat lets those to 6 and 5 through, and the weights prefer 5.
+    assert (str(result.plan), result.score, result.finished) == (".....#..", 9.0, True)
+    assert {grid for grid, _ in result.tried} == {".......#", "......#.", ".....#.."}
+
+
+def test_a_heat_that_the_budget_cuts_short_is_no_end() -> None:
+    def score_many(plans: Sequence[ReusePlan], prompts: Sequence[int] | None) -> Iterator[float]:
+        yield from itertools.islice(map(total, plans), 3 if prompts else None)
+
+    result = improve(score_many, hurry(8, [A], k=2), [A], k=2, how=Rounds(heat=(0,), finalists=1))
+    assert not result.finished
+
+
+def test_a_move_has_to_gain_more_than_epsilon() -> None:
+    start = ReusePlan.stepwise([call in (3, 7) for call in range(8)], [A])  # 4 + 8; the best is 9 + 8
+    for epsilon, best in ((0.0, 17.0), (4.9, 17.0), (5.0, 12.0)):
+        result = search(lambda plan: plan, start, [A], k=2, score=total, how=Rounds(epsilon=epsilon))
+        assert result.score == best
 
 
 def test_search_stops_at_a_local_optimum_of_single_swaps() -> None:
@@ -119,7 +151,7 @@ def test_the_algorithm_asks_one_callable_and_no_more_than_it_needs() -> None:
             asked.append(str(plan))
             yield total(plan)
 
-    first = improve(score_many, hurry(8, [A], k=1), [A], k=1, steepest=False)
+    first = improve(score_many, hurry(8, [A], k=1), [A], k=1, how=Rounds(first=True))
     # The start at call 7 has weight 8; call 6 has 3; call 5 has 9, which improves, so no other move is scored then.
     assert asked == [".......#", "......#.", ".....#..", "......#.", "....#..."]
     assert (str(first.plan), first.score, first.start_score, first.finished) == (".....#..", 9.0, 8.0, False)

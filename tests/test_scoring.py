@@ -31,7 +31,7 @@ def test_each_plan_is_rendered_once_and_only_when_its_score_is_asked_for() -> No
         lambda plan: rendered.append(plan) or plan,
         reused,
         [[A]],
-        on_try=lambda plan, value: tried.append((str(plan), value)),
+        on_try=lambda plan, value, whole: tried.append((str(plan), value)),
     )
     asked = scores([PLANS[0], PLANS[1], PLANS[0], PLANS[2]])
     assert rendered == []

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from minireuse.search.budget import cheapest_first, groups_of, layerwise, starts, step_wise
 from minireuse.search.language import build, names_in, policies_for, takes_count, takes_sites
-from minireuse.search.phast import ScoreMany, SearchResult, improve
+from minireuse.search.phast import Rounds, ScoreMany, SearchResult, improve
 from minireuse.search.plan_files import plans_of, read_plan, read_searched
 from minireuse.search.scoring import Scoring, search
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Costs",
     "Renderer",
+    "Rounds",
     "ScoreMany",
     "Scoring",
     "SearchResult",

@@ -18,7 +18,7 @@ import numpy as np
 
 from minireuse.plan import KINDS, PlanError, ReusePlan, Site
 from minireuse.policies import hurry, interval
-from minireuse.search.phast import BudgetSpent, ScoreMany, SearchResult, grouped, improve
+from minireuse.search.phast import METHOD, BudgetSpent, Rounds, ScoreMany, SearchResult, grouped, improve
 
 COUNTS = 3  # numbers of reuse calls that are searched for a latency
 LONGEST = 3  # calls in a row that are added together: reuse may only pay once several share what one of them stored
@@ -32,7 +32,7 @@ def step_wise(
     latency: Callable[[ReusePlan], float],
     budget: float,
     order: int = 0,
-    steepest: bool = True,
+    how: Rounds = METHOD,
 ) -> SearchResult:
     """The best step-wise plan of at most `budget` latency, for the smallest number of reuse calls that can meet it and
     a few more: storing costs time, so a plan that reuses more may store more often. Each search begins at the better of
@@ -54,7 +54,7 @@ def step_wise(
     for plans in fitting:
         plan, *others = plans.values()
         try:
-            result = improve(score_many, plan, sites, k=plan.reused, others=others, allowed=allowed, steepest=steepest)
+            result = improve(score_many, plan, sites, k=plan.reused, others=others, allowed=allowed, how=how)
         except BudgetSpent:
             if not results:
                 raise
@@ -119,7 +119,7 @@ def layerwise(
     budget: float,
     order: int = 0,
     others: Sequence[ReusePlan] = (),
-    steepest: bool = False,
+    how: Rounds = METHOD,
 ) -> SearchResult:
     """A plan of at most `budget` latency: sensitivities, then greedily by damage per time saved, then swaps.
 
@@ -146,7 +146,7 @@ def layerwise(
         others=plans[1:],
         groups=groups,
         allowed=lambda plan: latency(plan) <= budget,
-        steepest=steepest,
+        how=how,
     )
 
 

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,14 @@ from minireuse.policies import POLICIES, hurry, select
 from minireuse.samplers import SAMPLERS
 from minireuse.search.budget import alike_in, groups_of, layerwise, starts, step_wise
 from minireuse.search.costs import Costs, measure, measured_latency
-from minireuse.search.phast import ScoreMany, SearchResult, improve
+from minireuse.search.phast import Rounds, ScoreMany, SearchResult, improve
 from minireuse.search.plan_files import read_plan
 from minireuse.search.render import Renderer
 from minireuse.search.scoring import Scoring
 
 STARTS = ("hurry", "interval", "early")
+HEAT = 4  # prompts on which all moves of a round are scored
+FINALISTS = 8  # moves that are scored on all prompts
 LEAST = 0.01  # of a plain call: groups that save less are not worth searching
 
 
@@ -77,11 +79,16 @@ def parser() -> argparse.ArgumentParser:
     add_guidance_option(p)
     p.add_argument("--prompts-file", type=Path, help="calibration prompts, one per line; default: the shipped model's")
     prompts_help = "number of prompts; prompt i uses seed SEED + i"
-    p.add_argument("--prompts", type=int, default=4, metavar="N", help=prompts_help)
+    p.add_argument("--prompts", type=int, default=16, metavar="N", help=prompts_help)
     p.add_argument("--seed", type=int, default=0, help="seed of the first prompt")
     check_help = "number of further prompts, on which the found plan is scored"
     p.add_argument("--check", type=int, default=8, metavar="N", help=check_help)
-    p.add_argument("--steepest", action="store_true", help="take the best move of all, not the first that improves")
+    exact_help = f"score every move on all prompts; without it, on {HEAT} of them, and the best {FINALISTS} on all"
+    p.add_argument("--exact", action="store_true", help=exact_help)
+    p.add_argument("--first", action="store_true", help="take the first move that improves, not the best of all")
+    epsilon_help = "dB that a move has to gain for the search to go on"
+    p.add_argument("--epsilon", type=float, default=0.02, metavar="DB", help=epsilon_help)
+    p.add_argument("--steepest", action="store_true", help="what is done anyway; for commands of version 0.2")
     budget_help = "stop this run after N U-Net calls, or after N minutes (20min)"
     p.add_argument("--budget", metavar="N|Nmin", help=budget_help)
     add_model_options(p)
@@ -190,6 +197,8 @@ def check_options(args: argparse.Namespace) -> None:
     for name, least in (("prompts", 1), ("check", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} is {getattr(args, name)}, expected {least} or more")
+    if not (math.isfinite(args.epsilon) and args.epsilon >= 0):
+        raise ValueError(f"--epsilon is {args.epsilon}, expected dB from 0")
     if args.layerwise and latency is None:
         raise ValueError("--layerwise needs a time limit; add --budget-latency 0.7")
     if args.layerwise and args.branch:
@@ -202,17 +211,26 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--start {args.start} goes with --reuse; with --budget-latency a search finds its own start")
 
 
+def rounds_of(args: argparse.Namespace) -> Rounds:
+    """How the rounds of the search go over the moves."""
+    exact = args.exact or args.first or args.prompts <= HEAT
+    return Rounds(args.first, args.epsilon, None if exact else tuple(range(HEAT)), FINALISTS)
+
+
 @contextmanager
 def progress(
     title: str, fits: Callable[[ReusePlan], bool], *, hidden: bool
-) -> Iterator[Callable[[ReusePlan, float], None]]:
-    """A progress bar, moved by what is yielded: `show(plan, value)`. The best of the plans that fit is shown, too."""
+) -> Iterator[Callable[[ReusePlan, float, bool], None]]:
+    """A progress bar, moved by what is yielded: `show(plan, value, whole)`; the best of the plans that fit is shown, too.
+
+    whole: whether the value is of all prompts.
+    """
     best = -math.inf
     with tqdm(desc=title, unit="plan", disable=hidden) as bar:
 
-        def show(plan: ReusePlan, value: float) -> None:
+        def show(plan: ReusePlan, value: float, whole: bool) -> None:
             nonlocal best
-            best = max(best, value) if fits(plan) else best
+            best = max(best, value) if whole and fits(plan) else best
             bar.set_postfix_str(f"{plan.grid or 'by site'} {value:.2f} dB, best {best:.2f}")
             bar.update()
 
@@ -294,7 +312,7 @@ def approach(args: argparse.Namespace, job: Job, costs: Costs | None, calls: int
         sites = job.groups[0]
         simple = dict.fromkeys(("hurry", args.start))
         rivals = {n: replace(POLICIES[n](calls, sites, k=job.k), order=args.order) for n in simple}
-        find = partial(improve, plan=rivals[args.start], sites=sites, k=job.k, steepest=args.steepest)
+        find = partial(improve, plan=rivals[args.start], sites=sites, k=job.k, how=rounds_of(args))
         return Approach(find, [sites], rivals)
     within: dict[str, Any] = {"latency": costs.latency, "budget": args.budget_latency, "order": args.order}
     groups = job.groups
@@ -307,7 +325,7 @@ def approach(args: argparse.Namespace, job: Job, costs: Costs | None, calls: int
     for kind, found in fitting.items():
         for name, plan in itertools.chain(*(plans.items() for plans in found)):
             rivals.setdefault(f"{name} {kind}", plan)  # the one with fewest reuse calls, which comes first
-    within["steepest"] = args.steepest
+    within["how"] = rounds_of(args)
     if not args.layerwise:
         return Approach(partial(step_wise, calls=calls, sites=groups[0], **within), [groups[0]], rivals)
     others = [plan for plans in itertools.chain(*fitting.values()) for plan in plans.values()]
@@ -363,6 +381,6 @@ def describe(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str]) -
         "guidance_scale": guidance_scale(args, pipeline),
         "prompts": prompts,
         "first_seed": args.seed,
-        "steepest": args.steepest,
+        "rounds_go": asdict(rounds_of(args)),
         "dtype": str(pipeline.dtype),
     }

@@ -3,7 +3,7 @@
 The search knows no model, no sampler and no clock. It asks one callable, `score_many(plans, prompts)`, how good plans
 are; `minireuse.search.Scoring` is the one that renders them.
 
-Source: arXiv 2401.01008 for the method; the neighbourhood, order and stopping rule are this project's.
+Source: arXiv 2401.01008 algorithm 1; the order of the moves, the heats and the budget are this project's.
 """
 
 from __future__ import annotations
@@ -25,8 +25,27 @@ class BudgetSpent(PlanError):
 
 
 @dataclass(frozen=True)
+class Rounds:
+    """How a round of the search goes over the moves; by default as in the paper's algorithm 1.
+
+    first: take the first move that improves, not the best of all. epsilon: what a move has to gain at least; the paper
+    has such a threshold and does not tell it.
+    heat: the numbers of a few prompts on which all moves are scored first; the best `finalists` of them are then scored
+    on all prompts. None scores every move on all prompts.
+    """
+
+    first: bool = False
+    epsilon: float = 0.0
+    heat: tuple[int, ...] | None = None
+    finalists: int = 8
+
+
+METHOD = Rounds()  # the paper's
+
+
+@dataclass(frozen=True)
 class SearchResult:
-    """The best plan found, its score, the start's score, and every plan that was tried, in order."""
+    """The best plan found, its score, the start's score, and every plan that was tried on all prompts, in order."""
 
     plan: ReusePlan
     score: float
@@ -45,16 +64,16 @@ def improve(
     others: Sequence[ReusePlan] = (),
     groups: Sequence[Sequence[Site]] | None = None,
     allowed: Callable[[ReusePlan], bool] = lambda plan: True,
-    steepest: bool = True,
+    how: Rounds = METHOD,
 ) -> SearchResult:
-    """Improve a plan by moving one reuse call at a time, until no move improves the score.
+    """Improve a plan by moving one reuse call at a time, until a round improves the score no more.
 
     plan: where to start, with k reuse calls; HURRY is the method's choice. Plans that are tried have its order.
     sites: what reuses at those calls.
     others: further plans to start at, of the same order and guidance; the search begins at the best of all.
     groups: the sites in groups, each of which moves its own calls; without them plans are step-wise, the method's.
     allowed: False for plans that are not to be tried, for being too slow, say. The start is not asked about.
-    steepest: try every move and take the best, as the method says; False takes the first that improves.
+    how: a round goes over the moves.
 
     Raises: PlanError where a start is not step-wise (differs within a group), does not have k reuse calls, or differs
     from the others in order or guidance; BudgetSpent where no start was scored.
@@ -72,6 +91,14 @@ def improve(
             tried[draw(state)] = value
             yield state, value
 
+    def shortlist(moves: list[np.ndarray]) -> tuple[list[np.ndarray], bool]:
+        """The moves to score on all prompts, and whether the budget was enough to tell which."""
+        if how.heat is None or len(moves) <= how.finalists:
+            return moves, True
+        values = list(score_many([made(move) for move in moves], how.heat))
+        ranked = sorted(range(len(values)), key=lambda i: -values[i])
+        return [moves[i] for i in ranked[: how.finalists]], len(values) == len(moves)
+
     scored = list(score(starts))
     if not scored:
         raise BudgetSpent("the search budget ends before the starting plan is scored; give a larger one")
@@ -80,15 +107,15 @@ def improve(
     rounds, improved, finished = 0, True, len(scored) == len(starts)
     while improved and finished:
         rounds, improved = rounds + 1, False
-        moves = [move for move in _moves(state) if allowed(made(move))]
-        seen = 0
+        moves, finished = shortlist([move for move in _moves(state) if allowed(made(move))])
+        least, seen = best + how.epsilon, 0
         for move, value in score(moves):
             seen += 1
-            if value > best:
+            if value > best and value > least:
                 state, best, improved = move, value, True
-                if not steepest:
+                if how.first:
                     break
-        finished = seen == len(moves) or (improved and not steepest)
+        finished = finished and (seen == len(moves) or (improved and how.first))
     return SearchResult(made(state), best, start, rounds, finished, tuple(tried.items()))
 
 

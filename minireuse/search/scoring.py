@@ -10,7 +10,7 @@ from typing import Any
 from minireuse.common.journal import Journal
 from minireuse.common.ranks import ALONE, Ranks
 from minireuse.plan import PlanError, ReusePlan, Site
-from minireuse.search.phast import SearchResult, draw, improve, state_of
+from minireuse.search.phast import METHOD, Rounds, SearchResult, draw, improve, state_of
 
 
 class Scoring:
@@ -27,7 +27,7 @@ class Scoring:
         *,
         journal: Journal | None = None,
         more: Callable[[], bool] = lambda: True,
-        on_try: Callable[[ReusePlan, float], object] = lambda plan, value: None,
+        on_try: Callable[[ReusePlan, float, bool], object] = lambda plan, value, whole: None,
         ranks: Ranks = ALONE,
     ) -> None:
         """render: of a plan, what it produces. score: of that, a number; larger is better.
@@ -36,7 +36,7 @@ class Scoring:
         groups: of sites that reuse together; the journal knows a plan by a row of '.' and '#' for each of them.
         journal: keeps scores, so that an interrupted search goes on where it was. Only the first rank's is read.
         more: asked before every turn; where it says False, no plan is rendered any more.
-        on_try: is given every plan that is asked for, with its score.
+        on_try: is given every plan that is asked for, with its score, and whether that is of all prompts.
         ranks: the processes that take turns. All of them must ask for the same plans.
         """
         self.render, self.score, self.groups = render, score, groups
@@ -57,7 +57,7 @@ class Scoring:
                 if not all(self.ranks.gather(self.more())):
                     return
                 self._take_turns(list(islice(unknown, self.ranks.size)), prompts)
-            self.on_try(plan, self.known[key])
+            self.on_try(plan, self.known[key], prompts is None)
             yield self.known[key]
 
     def _take_turns(self, pairs: Sequence[tuple[str, ReusePlan]], prompts: Sequence[int] | None) -> None:
@@ -87,10 +87,10 @@ def search(
     others: Sequence[ReusePlan] = (),
     groups: Sequence[Sequence[Site]] | None = None,
     allowed: Callable[[ReusePlan], bool] = lambda plan: True,
-    steepest: bool = True,
+    how: Rounds = METHOD,
     journal: Journal | None = None,
     more: Callable[[], bool] = lambda: True,
-    on_try: Callable[[ReusePlan, float], object] = lambda plan, value: None,
+    on_try: Callable[[ReusePlan, float, bool], object] = lambda plan, value, whole: None,
     ranks: Ranks = ALONE,
 ) -> SearchResult:
     """Improve a plan by moving one reuse call at a time: `improve`, with scores by `Scoring`.
@@ -107,4 +107,4 @@ def search(
         on_try=on_try,
         ranks=ranks,
     )
-    return improve(scores, plan, sites, k=k, others=others, groups=groups, allowed=allowed, steepest=steepest)
+    return improve(scores, plan, sites, k=k, others=others, groups=groups, allowed=allowed, how=how)
