@@ -43,10 +43,7 @@ def run(model_folder: Path, prompts: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def by_hand(pipeline: minireuse.Pipeline, row: str) -> tuple[str, float]:
-    """The search written down naively: every plan is rendered from noise, and a move is a new string.
-
-    The first move that improves is taken. Short moves come first, and of these the later ones.
-    """
+    """The search written down naively: every plan is rendered from noise, and a move is a new string."""
 
     def score(row: str) -> float:
         plan = ReusePlan.stepwise([cell == "#" for cell in row], select(pipeline.sites))
@@ -59,14 +56,12 @@ def by_hand(pipeline: minireuse.Pipeline, row: str) -> tuple[str, float]:
     full = pipeline.generate(["a red house", "a lake"], seeds=[0, 1], steps=6).images
     best, improved = score(row), True
     while improved:
-        improved = False
         pairs = [(a, b) for a in range(6) for b in range(1, 6) if row[a] == "#" and row[b] == "."]
-        for a, b in sorted(pairs, key=lambda pair: (abs(pair[0] - pair[1]), -min(pair), pair)):
-            moved = "".join("#" if i == b else "." if i == a else cell for i, cell in enumerate(row))
-            value = score(moved)
-            if value > best:
-                row, best, improved = moved, value, True
-                break
+        moves = ["".join("#" if i == b else "." if i == a else cell for i, cell in enumerate(row)) for a, b in pairs]
+        value, moved = max((score(move), move) for move in moves)
+        improved = value > best + 0.02
+        if improved:
+            row, best = moved, value
     return row, best
 
 

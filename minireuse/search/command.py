@@ -221,7 +221,7 @@ def rounds_of(args: argparse.Namespace) -> Rounds:
 def progress(
     title: str, fits: Callable[[ReusePlan], bool], *, hidden: bool
 ) -> Iterator[Callable[[ReusePlan, float, bool], None]]:
-    """A progress bar, moved by what is yielded: `show(plan, value, whole)`; the best of the plans that fit is shown, too.
+    """A progress bar, moved by `show(plan, value, whole)`, which is yielded; it shows the best plan that fits, too.
 
     whole: whether the value is of all prompts.
     """
