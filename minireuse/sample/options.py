@@ -60,7 +60,7 @@ def sample_parser() -> argparse.ArgumentParser:
     sites_help = "which attention layers reuse; default: both"
     reuse.add_argument("--sites", choices=("self", "cross", "both"), help=sites_help)
     reuse.add_argument(
-        "--kind", choices=KINDS, help="attention maps (default, but for phast), attention outputs, or deep features"
+        "--kind", choices=KINDS, help="attention maps (default, but for phast), outputs, deep features, or the prediction"
     )
     reuse.add_argument("--cache-dtype", choices=CACHE_DTYPES, default="float16")
     budget_help = "the most memory the cache may take, such as 512MiB; fewer sites reuse if needed"
