@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/landscapes"))
     parser.add_argument("--images", type=int, default=SCENES, help="rendered scenes to train on")
     parser.add_argument("--held-out", type=int, default=1000, help="rendered scenes to measure on")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, for processors with such units")

@@ -227,8 +227,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=SCENES)
     default = "steps {}; default: {}, or 0 with --start"
     parser.add_argument("--text-steps", type=int, help=default.format("on captions alone, of the text encoder", 600))
-    parser.add_argument("--half-steps", type=int, help=default.format("on scenes of half the size", 2500))
-    parser.add_argument("--steps", type=int, default=5000, help="further steps, on whole scenes")
+    parser.add_argument("--half-steps", type=int, help=default.format("on scenes of half the size", 1700))
+    parser.add_argument("--steps", type=int, default=3300, help="further steps, on whole scenes")
     parser.add_argument("--batch", type=int, default=16, help="of whole scenes; of smaller ones twice as many")
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--samples", type=int, default=16, help="pictures to look at now and then; 0 is none")
@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     schedule = Schedule.from_config(SCHEDULE_CONFIG)
     torch.manual_seed(args.seed)
     model = Model(tokenizer)
-    text_steps, half_steps = 600, 2500
+    text_steps, half_steps = 600, 1700
     if args.start is not None:
         parts = load_parts(args.start, torch.float32)
         model.unet.load_state_dict(parts.unet.state_dict())
