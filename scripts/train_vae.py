@@ -67,7 +67,7 @@ def psnr(vae: VAE, images: np.ndarray) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/landscapes"))
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--images", type=int, default=SCENES, help="rendered scenes to train on")
     parser.add_argument("--samples", type=int, default=8, help="reconstructions to look at now and then; 0 is none")
     parser.add_argument("--start", type=Path, metavar="FOLDER", help="begin with this VAE, weights/vae for one")
