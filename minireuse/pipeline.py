@@ -63,7 +63,7 @@ def load(
     dtype: auto is float16 on cuda, else float32.
     prediction_type: epsilon or v_prediction, where the checkpoint does not tell or tells wrongly.
     spacing: of the timesteps, instead of the model's own (`minireuse.schedule.Schedule.timesteps`).
-    tokenizer: a folder or hub name, for single files, which carry none.
+    tokenizer: a folder or hub name instead of the model's own; single files carry none and get CLIP's.
 
     Raises: ValueError with one sentence that says what is wrong with the checkpoint or an argument.
     """

@@ -30,7 +30,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model", type=Path, metavar="PATH", help="diffusers folder or .safetensors file; default: the shipped model"
     )
-    group.add_argument("--tokenizer", metavar="PATH|NAME", help="for single files: a folder or a name on the hub")
+    group.add_argument(
+        "--tokenizer", metavar="PATH|NAME", help="a folder or a name on the hub; default: the model's own, or CLIP's"
+    )
     prediction_help = "what the U-Net predicts; overrides what the checkpoint says"
     group.add_argument("--prediction-type", choices=PREDICTION_TYPES, help=prediction_help)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
