@@ -42,14 +42,15 @@ class TextEncoder(nn.Module):
         """Tokens per prompt, M: 77 for CLIP."""
         return int(self.model.config.max_position_embeddings)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, clip_skip: int | None = None) -> Tensor:
         """Shapes: ids (B, M) -> (B, M, D)."""
-        states = self.model(input_ids=ids, output_hidden_states=self.layer != -1)
-        if self.layer == -1:
+        layer = self.layer if clip_skip is None else -clip_skip
+        states = self.model(input_ids=ids, output_hidden_states=layer != -1)
+        if layer == -1:
             return states.last_hidden_state
         # transformers 4 keeps the transformer under `text_model`, transformers 5 does not.
         inner = getattr(self.model, "text_model", self.model)
-        return inner.final_layer_norm(states.hidden_states[self.layer])
+        return inner.final_layer_norm(states.hidden_states[layer])
 
     def _require_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -90,10 +91,18 @@ class TextEncoder(nn.Module):
         """The prompt without what no token can reach: byte-pair encoding of one endless word takes quadratic time."""
         return normalised(prompt)[: 64 * self.length]
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """The context of each prompt. Shapes: -> (len(prompts), M, D)."""
+    def encode(self, prompts: Sequence[str], clip_skip: int | None = None) -> Tensor:
+        """The context of each prompt.
+
+        clip_skip: the layer that is read instead of the model's own, counted as AUTOMATIC1111 does: 1 is the last of
+        those that the model has, 2 the one before it. diffusers counts one less.
+        Shapes: -> (len(prompts), M, D). Raises: ValueError for a layer that there is not.
+        """
+        layers = int(self.model.config.num_hidden_layers)
+        if clip_skip is not None and not 1 <= clip_skip <= layers:
+            raise ValueError(f"clip_skip is {clip_skip}, expected 1 (the last layer) to {layers} (the first)")
         ids = self.tokenize(prompts).to(next(self.parameters()).device)
-        context: Tensor = self(ids)
+        context: Tensor = self(ids, clip_skip)
         return context
 
 

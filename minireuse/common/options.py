@@ -84,7 +84,7 @@ def add_guidance_option(parser: argparse._ActionsContainer) -> None:
 
 def guidance_scale(args: argparse.Namespace, pipeline: Pipeline) -> float:
     """The guidance scale that `add_guidance_option` was given, or the model's own."""
-    return pipeline.guidance_scale if args.guidance_scale is None else float(args.guidance_scale)
+    return pipeline.guidance(args.guidance_scale)
 
 
 def load_model(args: argparse.Namespace, device: str | None = None) -> Pipeline:

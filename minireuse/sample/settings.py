@@ -30,7 +30,7 @@ class Settings:
 
     jobs: prompts and seeds. wanted: the numbers of the jobs whose pictures are written.
     steps: how many, or the timesteps themselves. spacing: of them; None is the model's own.
-    guidance_scale: None is the model's own. height, width: None is what the model was trained at.
+    guidance_scale, clip_skip: None is the model's own. height, width: None is what the model was trained at.
     reuse: the number of calls that reuse; None is the policy's own. sites, kind: what reuses, and whose maps are saved.
     recipe: what a PNG says it was made from, where one is made again.
     """
@@ -61,6 +61,7 @@ class Settings:
     prediction_type: str | None
     device: str
     dtype: str
+    clip_skip: int | None = None
     recipe: Recipe | None = None
 
     @property
@@ -123,6 +124,7 @@ def _asked(args: argparse.Namespace) -> Settings:
         prediction_type=args.prediction_type,
         device=args.device,
         dtype=args.dtype,
+        clip_skip=args.clip_skip,
     )
 
 
@@ -181,6 +183,7 @@ def _made_again(args: argparse.Namespace) -> Settings:
         prediction_type=recipe.prediction_type,
         device=device,
         dtype=recipe.dtype,
+        clip_skip=recipe.clip_skip,
         recipe=recipe,
     )
 
