@@ -925,6 +925,22 @@ def test_penultimate_layer_equals_a_model_with_one_layer_fewer(
     assert not torch.allclose(given, reference(ids).last_hidden_state, atol=1e-3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("clip_skip", [1, 2, 3])
+def test_clip_skip_one_is_the_last_layer(clip_skip: int, reference: CLIPTextModel, tokenizer_folder: Path) -> None:
+    text, ids = encoder(reference, tokenizer_folder), tokens(tokenizer_folder, PROMPTS)
+    norm = next(module for name, module in reference.named_modules() if name.endswith("final_layer_norm"))
+    hidden = reference(ids, output_hidden_states=True).hidden_states[-clip_skip]
+    torch.testing.assert_close(text.encode(PROMPTS, clip_skip), norm(hidden), rtol=0, atol=0)
+    torch.testing.assert_close(text.encode(PROMPTS), text.encode(PROMPTS, 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("clip_skip", [0, 4])
+def test_a_layer_that_there_is_not_is_refused(clip_skip: int, reference: CLIPTextModel, tokenizer_folder: Path) -> None:
+    with pytest.raises(ValueError, match=rf"clip_skip is {clip_skip}, expected 1 \(the last layer\) to 3"):
+        encoder(reference, tokenizer_folder).encode(PROMPTS, clip_skip)
+
+
 def test_encoder_without_a_tokenizer_says_to_pass_one(reference: CLIPTextModel) -> None:
     with pytest.raises(ValueError, match="came without a tokenizer; pass tokenizer="):
         TextEncoder(reference.config).encode(["a red circle"])
