@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+# Byte-order marks, the longer of two that begin alike first. These codecs take the mark away.
+MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 def write_whole(targets: Iterable[Path], data: bytes, *, overwrite: bool = False) -> Path:
@@ -54,9 +65,40 @@ def _umask() -> int:
     return mask
 
 
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, or in UTF-16 or UTF-32 as some editors save it. A byte-order mark is no part of the text.
+
+    Raises: OSError; ValueError for what is no such text.
+    """
+    data = path.read_bytes()
+    try:
+        text = data.decode(_encoding_of(data))
+        fault = "it holds zero characters" if "\0" in text else ""
+    except UnicodeDecodeError as error:
+        fault = error.reason
+    if fault:
+        raise ValueError(f"{path} is not text in UTF-8 or UTF-16 ({fault}); save it as UTF-8")
+    return text
+
+
+def _encoding_of(data: bytes) -> str:
+    """By the byte-order mark; without one, by where the zeros of a text that begins in ASCII lie."""
+    for mark, encoding in MARKS.items():
+        if data.startswith(mark):
+            return encoding
+    if data[:1] == b"\0":
+        return "utf-16-be"
+    return "utf-16-le" if data[1:2] == b"\0" else "utf-8"
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines as files end them. Unlike `str.splitlines`, this leaves U+2028 and the like inside a line."""
+    return re.split("\r\n?|\n", text)
+
+
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank. Raises: OSError, UnicodeDecodeError."""
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The lines of a text file that are not blank. Raises: as `read_text`."""
+    return [line for line in lines_of(read_text(path)) if line.strip()]
 
 
 def parse_json(text: str | bytes) -> Any:

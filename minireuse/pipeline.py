@@ -63,7 +63,7 @@ def load(
     dtype: auto is float16 on cuda, else float32.
     prediction_type: epsilon or v_prediction, where the checkpoint does not tell or tells wrongly.
     spacing: of the timesteps, instead of the model's own (`minireuse.schedule.Schedule.timesteps`).
-    tokenizer: a folder or hub name, for single files, which carry none.
+    tokenizer: a folder or hub name instead of the model's own; single files carry none and get CLIP's.
 
     Raises: ValueError with one sentence that says what is wrong with the checkpoint or an argument.
     """
@@ -111,6 +111,25 @@ class Pipeline:
         return self.unet.conv_in.weight.dtype
 
     @property
+    def unit(self) -> int:
+        """Heights and widths of images are multiples of this. Units: pixels."""
+        return self.vae.config.factor * self.unet.config.divisor
+
+    def guidance(self, scale: float | None = None) -> float:
+        """The guidance scale that a run uses: None is the model's own, and 0 becomes 1, with a warning.
+
+        0 would follow the negative prompt alone. Model cards write it where they mean that guidance is off.
+        Raises: ValueError for what is no number.
+        """
+        scale = self.guidance_scale if scale is None else scale
+        if not math.isfinite(scale):
+            raise ValueError(f"guidance_scale is {scale}, expected a finite number")
+        if scale == 0:
+            warnings.warn("guidance_scale 0 would ignore the prompt; it runs as 1, without guidance", stacklevel=2)
+            return 1.0
+        return float(scale)
+
+    @property
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that tell this U-Net's weights, as they were loaded, from others.
 
@@ -135,7 +154,8 @@ class Pipeline:
         if strength is None:
             return timesteps
         if not 0 < strength <= 1:
-            raise ValueError(f"strength is {strength}, expected above 0 (keep the image) to 1 (ignore it)")
+            expected = "above 0 (keep the image) to 1 (keep a faint trace of it)"
+            raise ValueError(f"strength is {strength}, expected {expected}")
         return timesteps[-max(1, round(len(timesteps) * strength)) :]
 
     def calls(self, sampler: str, steps: int | Sequence[float], strength: float | None = None) -> int:
@@ -147,8 +167,7 @@ class Pipeline:
 
         Units: pixels. Raises: ValueError for a size that the model cannot make.
         """
-        factor, config = self.vae.config.factor, self.unet.config
-        unit = factor * config.divisor
+        factor, config, unit = self.vae.config.factor, self.unet.config, self.unit
         size = []
         for name, pixels in (("height", height), ("width", width)):
             pixels = config.sample_size * factor if pixels is None else pixels
@@ -168,6 +187,7 @@ class Pipeline:
         sampler: str = "ddim",
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
         seeds: int | Sequence[int] = 0,
         height: int | None = None,
         width: int | None = None,
@@ -186,9 +206,11 @@ class Pipeline:
 
         steps: how many timesteps, spaced as `schedule` says, or the timesteps themselves, falling.
         height, width: pixels; None is what the model was trained at. latents: initial noise instead of the seeds'.
-        guidance_scale: None is the model's own, or 7.5 where the model says nothing; 1 is off.
+        guidance_scale: None is the model's own, or 7.5 where the model says nothing; 1 is off, and 0 runs as 1.
+        clip_skip: the layer of the text encoder: 1 the last, 2 the one before (`TextEncoder.encode`); None is its own.
         guidance_rescale: 0 to 1, how much of the contrast that guidance adds is taken back (arXiv 2305.08891).
-        init_images: (B, 3, H, W) in -1 ... 1, taken `strength` of the way to noise and denoised from there.
+        init_images: (B, 3, H, W) in -1 ... 1, taken `strength` of the way to noise and denoised from there. At 1 all
+            steps run, and as much of the image is left as the schedule leaves at its first timestep: alpha(t) of it.
         eta: noise added by ddim (0 none, 1 as much as DDPM); samplers that are stochastic by name always use 1.
         cache: where reused tensors are kept; None makes one in float16. attention: "explicit" writes every map out.
         watch: sees, and may change, the scores of every attention that is computed (`minireuse.attention.Watch`).
@@ -197,10 +219,9 @@ class Pipeline:
         Raises: ValueError with one sentence for an argument that does not fit; PlanError for a plan that does not.
         """
         solver = _sampler(sampler)
-        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        for name, number in (("eta", eta), ("guidance_scale", guidance_scale)):
-            if not math.isfinite(number):
-                raise ValueError(f"{name} is {number}, expected a finite number")
+        guidance_scale = self.guidance(guidance_scale)
+        if not math.isfinite(eta):
+            raise ValueError(f"eta is {eta}, expected a finite number")
         if not 0 <= guidance_rescale <= 1:
             raise ValueError(f"guidance_rescale is {guidance_rescale}, expected 0 (off) to 1")
         if eta < 0:
@@ -219,7 +240,7 @@ class Pipeline:
 
         prompts, seeds, negatives = _batch(prompts, seeds, negative_prompts)
         guided = guidance_scale != 1
-        context = self.text.encode([*negatives, *prompts] if guided else prompts)
+        context = self.text.encode([*negatives, *prompts] if guided else prompts, clip_skip)
         # One generator per image, on the CPU: an image depends on its own seed alone, on every device and in any batch.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         x = self._start(generators, (height, width), latents, init_images, timesteps[0])
@@ -278,7 +299,7 @@ class Pipeline:
         noise = noise.to(self.device, torch.float32)
         if init_images is None:
             return noise
-        clean = self.vae.encode(init_images.to(self.device, self.dtype)).float()
+        clean = self._through_vae(VAE.encode, init_images.to(self.device), "encoded")
         return self.schedule.alpha(t) * clean + self.schedule.sigma(t) * noise
 
     def _check_images(self, images: Tensor, batch: int, size: tuple[int | None, int | None]) -> tuple[int, int]:
@@ -299,15 +320,23 @@ class Pipeline:
         What overflows in half precision is decoded again in float32; a warning says so.
         Shapes: (B, 4, h, w) -> (B, H, W, 3) uint8. Raises: ValueError for what is not finite even so.
         """
-        pixels = torch.cat([self.vae.decode(z[None].to(self.dtype)).float() for z in latents])
-        if not torch.isfinite(pixels).all() and self.dtype != torch.float32:
-            warnings.warn(f"the VAE overflowed in {self.dtype}, so the images are decoded in float32", stacklevel=2)
-            vae = copy.deepcopy(self.vae).float()
-            pixels = torch.cat([vae.decode(z[None].float()) for z in latents])
-        if not torch.isfinite(pixels).all():
-            raise ValueError("the VAE gave NaN or inf; its weights or these latents are broken")
+        pixels = self._through_vae(VAE.decode, latents, "decoded")
         images = pixels.clamp(-1, 1).add(1).mul(127.5).round().to("cpu", torch.uint8)
         return images.permute(0, 2, 3, 1).numpy()
+
+    def _through_vae(self, function: Callable[[VAE, Tensor], Tensor], inputs: Tensor, done: str) -> Tensor:
+        """`VAE.encode` or `VAE.decode`, one image at a time, and again in float32 where it overflows.
+
+        Shapes: as the function's; float32. Raises: ValueError for what is not finite even so.
+        """
+        outputs = torch.cat([function(self.vae, x[None].to(self.dtype)).float() for x in inputs])
+        if not torch.isfinite(outputs).all() and self.dtype != torch.float32:
+            warnings.warn(f"the VAE overflowed in {self.dtype}, so the images are {done} in float32", stacklevel=3)
+            vae = copy.deepcopy(self.vae).float()
+            outputs = torch.cat([function(vae, x[None].float()) for x in inputs])
+        if not torch.isfinite(outputs).all():
+            raise ValueError("the VAE gave NaN or inf; its weights or what it was given are broken")
+        return outputs
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given: before a clock is read."""

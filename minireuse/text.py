@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
+import re
+import unicodedata
 import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
 from minireuse.files import shown
 
@@ -17,29 +20,39 @@ class TextEncoder(nn.Module):
 
     layer: which hidden state is the context: -1 the last (SD 1.x), -2 the penultimate; the final layer norm follows
     either. SD 2.x was trained on the penultimate of 24 layers; its diffusers folders simply hold 23.
+    padding: the id that fills up short prompts; None is the tokenizer's own. SD 2.x fills up with 0, an id that is not
+    that of a "!" in a prompt.
     """
 
-    def __init__(self, config: CLIPTextConfig, tokenizer: CLIPTokenizer | None = None, layer: int = -1) -> None:
+    def __init__(
+        self,
+        config: CLIPTextConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        layer: int = -1,
+        padding: int | None = None,
+    ) -> None:
         super().__init__()
         self.model = CLIPTextModel(config)
         self.tokenizer = tokenizer
         self.layer = layer
+        self.padding = padding
 
     @property
     def length(self) -> int:
         """Tokens per prompt, M: 77 for CLIP."""
         return int(self.model.config.max_position_embeddings)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, clip_skip: int | None = None) -> Tensor:
         """Shapes: ids (B, M) -> (B, M, D)."""
-        states = self.model(input_ids=ids, output_hidden_states=self.layer != -1)
-        if self.layer == -1:
+        layer = self.layer if clip_skip is None else -clip_skip
+        states = self.model(input_ids=ids, output_hidden_states=layer != -1)
+        if layer == -1:
             return states.last_hidden_state
         # transformers 4 keeps the transformer under `text_model`, transformers 5 does not.
         inner = getattr(self.model, "text_model", self.model)
-        return inner.final_layer_norm(states.hidden_states[self.layer])
+        return inner.final_layer_norm(states.hidden_states[layer])
 
-    def _require_tokenizer(self) -> CLIPTokenizer:
+    def _require_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             raise ValueError("this model came without a tokenizer; pass tokenizer= (a folder or a hub name)")
         return self.tokenizer
@@ -52,7 +65,7 @@ class TextEncoder(nn.Module):
         """
         tokenizer = self._require_tokenizer()
         rows: list[list[int]] = []
-        pad = int(tokenizer.pad_token_id)
+        padding = tokenizer.pad_token_id if self.padding is None else self.padding
         texts = list(map(self._cut, prompts))
         try:
             "".join(texts).encode()
@@ -66,7 +79,7 @@ class TextEncoder(nn.Module):
                     f"prompt has {len(ids)} tokens, at most {self.length} are used; dropped: {dropped}", stacklevel=3
                 )
                 ids = ids[: self.length - 1] + ids[-1:]  # the end token stays: the encoder was trained with it
-            rows.append(ids + [pad] * (self.length - len(ids)))
+            rows.append(ids + [padding] * (self.length - len(ids)))
         return torch.tensor(rows)
 
     def pieces(self, prompt: str) -> list[str]:
@@ -76,11 +89,48 @@ class TextEncoder(nn.Module):
 
     def _cut(self, prompt: str) -> str:
         """The prompt without what no token can reach: byte-pair encoding of one endless word takes quadratic time."""
-        most = 64 * self.length
-        return prompt if len(prompt) <= most else " ".join(prompt.split())[:most]
+        return normalised(prompt)[: 64 * self.length]
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """The context of each prompt. Shapes: -> (len(prompts), M, D)."""
+    def encode(self, prompts: Sequence[str], clip_skip: int | None = None) -> Tensor:
+        """The context of each prompt.
+
+        clip_skip: the layer that is read instead of the model's own, counted as AUTOMATIC1111 does: 1 is the last of
+        those that the model has, 2 the one before it. diffusers counts one less.
+        Shapes: -> (len(prompts), M, D). Raises: ValueError for a layer that there is not.
+        """
+        layers = int(self.model.config.num_hidden_layers)
+        if clip_skip is not None and not 1 <= clip_skip <= layers:
+            raise ValueError(f"clip_skip is {clip_skip}, expected 1 (the last layer) to {layers} (the first)")
         ids = self.tokenize(prompts).to(next(self.parameters()).device)
-        context: Tensor = self(ids)
+        context: Tensor = self(ids, clip_skip)
         return context
+
+
+# --- what a prompt becomes before it is split into words -------------------------------------------------------------
+
+TERMINAL_CODES = re.compile("\x1b\\[[\\d;]*[a-zA-Z]")
+C1 = {code: bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)}
+LIGATURES = [*map(ord, "Ĳĳﬆ"), *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB05)]
+WIDTHS = [0x3000, *range(0xFF01, 0xFFF0)]  # of letters that are as wide as Chinese ones, or half as wide
+CONTROLS = [*range(9), 0xB, *range(0xE, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]
+PLAIN: dict[int, str | None] = {
+    **{code: unicodedata.normalize("NFKC", chr(code)) for code in (*LIGATURES, *WIDTHS)},
+    0xFB05: "\u017ft",  # NFKC would change the long s
+    0x149: "'n",
+    **dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'"),
+    **dict.fromkeys(range(0x201C, 0x2020), '"'),
+    **dict.fromkeys(CONTROLS),
+}
+
+
+def normalised(prompt: str) -> str:
+    """A prompt as OpenAI's tokenizer takes it: one space between words, plain quotes, plain letters.
+
+    What ftfy changes character by character is done here. Its guesses at wrongly decoded text are left out.
+    Source: openai/CLIP `clip/simple_tokenizer.py` (basic_clean, whitespace_clean); ftfy `ftfy/fixes.py`.
+    """
+    text = html.unescape(html.unescape(prompt)).translate(C1)
+    text = TERMINAL_CODES.sub("", text).translate(PLAIN)
+    # A capital sigma that ends a word is another small letter than one within it, which tokenizers do not know.
+    words = (word.lower() if "Σ" in word else word for word in unicodedata.normalize("NFC", text).split())
+    return " ".join(words)

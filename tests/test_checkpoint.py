@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import minireuse
-from minireuse.checkpoints import ldm
+from minireuse.checkpoints import ldm, tokenizer
 from minireuse.checkpoints import parts as checkpoint
 from minireuse.checkpoints.configs import write_unet_config, write_vae_config
 from minireuse.checkpoints.fields import ConfigError
@@ -289,16 +289,15 @@ def test_prediction_type_given_overrides_the_guess(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_is_that_of_each_family_and_leaves_words_alone(family: int, original: Callable[..., Parts]) -> None:
-    parts = original(family)
-    tokenizer = parts.text.tokenizer
-    assert tokenizer is not None
-    ids = parts.text.tokenize(["a red! circle!"])[0].tolist()
-    end = ids.index(tokenizer.eos_token_id) + 1
-    words = [i for i in ids[1 : end - 1] if tokenizer.convert_ids_to_tokens(i) == "!</w>"]
-    assert len(words) == 2  # not the bare "!" that pads
-    padding = 0 if family == 2 else tokenizer.eos_token_id
-    assert ids[end:] == [padding] * (77 - end)
+def test_padding_is_that_of_each_family_and_leaves_words_alone(
+    family: int, original: Callable[..., Parts], tokenizer_folder: Path
+) -> None:
+    vocabulary = json.loads((tokenizer_folder / "vocab.json").read_text())
+    end, exclamation = vocabulary["<|endoftext|>"], vocabulary["!</w>"]
+    ids = original(family).text.tokenize(["a red! circle !"])[0].tolist()
+    length = ids.index(end) + 1
+    assert ids[:length].count(exclamation) == 2  # not the bare "!" that pads, whose id is 0
+    assert ids[length:] == [0 if family == 2 else end] * (77 - length)
 
 
 UNKNOWN = [
@@ -785,7 +784,7 @@ def test_tokenizer_that_looks_for_its_padding_for_ever_is_refused(tokenizer_fold
 
 def test_tokenizer_larger_than_the_text_encoder_is_refused(folder: Path, tokenizer_folder: Path) -> None:
     edit_json(folder / "text_encoder" / "config.json", vocab_size=300)
-    with pytest.raises(CheckpointError, match=r"the tokenizer in .* tokens, expected 256 .* to 300"):
+    with pytest.raises(CheckpointError, match=r"tokenizer .* has \d+ tokens, expected 256 .* to 300"):
         load_parts(folder, torch.float32, tokenizer=tokenizer_folder)
 
 
@@ -794,7 +793,7 @@ def test_folder_never_asks_the_hub_for_its_tokenizer(
 ) -> None:
     """`model/tokenizer` could be someone's repository."""
     asked: list[str] = []
-    monkeypatch.setattr(checkpoint, "snapshot_download", lambda name, **_: asked.append(name))
+    monkeypatch.setattr(tokenizer, "snapshot_download", lambda name, **_: asked.append(name))
     monkeypatch.chdir(tmp_path)
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(CheckpointError, match=r"model/tokenizer \(no such folder\)"):
@@ -802,14 +801,13 @@ def test_folder_never_asks_the_hub_for_its_tokenizer(
     assert not asked
 
 
-@pytest.mark.parametrize("tokenizer", [None, "someone/tokenizer"])
-def test_single_file_without_a_reachable_hub_says_to_pass_a_tokenizer(
-    tokenizer: str | None, tiny: None, contents: dict[int, dict[str, Tensor]], tmp_path: Path
+def test_a_name_on_a_hub_that_cannot_be_reached_says_to_pass_a_tokenizer(
+    tiny: None, contents: dict[int, dict[str, Tensor]], tmp_path: Path
 ) -> None:
     save_file(contents[1], tmp_path / "sd1.safetensors")
-    name = tokenizer or "openai/clip-vit-large-patch14"
-    with pytest.raises(CheckpointError, match=rf"no CLIP tokenizer could be read from {name} .*pass --tokenizer"):
-        load_parts(tmp_path / "sd1.safetensors", torch.float32, tokenizer=tokenizer)
+    said = "no CLIP tokenizer could be read from someone/tokenizer .*pass --tokenizer"
+    with pytest.raises(CheckpointError, match=said):
+        load_parts(tmp_path / "sd1.safetensors", torch.float32, tokenizer="someone/tokenizer")
 
 
 def test_hub_is_asked_once_and_the_tokenizer_read_from_what_it_gave(
@@ -825,13 +823,11 @@ def test_hub_is_asked_once_and_the_tokenizer_read_from_what_it_gave(
         asked.append(name)
         return str(tokenizer_folder)
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    monkeypatch.setattr(tokenizer, "snapshot_download", download)
     save_file(contents[1], tmp_path / "sd1.safetensors")
-    tokenizer = load_parts(tmp_path / "sd1.safetensors", torch.float32).text.tokenizer
-    assert asked == ["openai/clip-vit-large-patch14"]
-    assert tokenizer is not None
-    expected = CLIPTokenizer.from_pretrained(tokenizer_folder)
-    assert tokenizer(["a red house"])["input_ids"] == expected(["a red house"])["input_ids"]
+    text = load_parts(tmp_path / "sd1.safetensors", torch.float32, tokenizer="someone/tokenizer").text
+    assert asked == ["someone/tokenizer"]
+    torch.testing.assert_close(text.tokenize(["a red house"]), tokens(tokenizer_folder, ["a red house"]))
 
 
 # --- text ----------------------------------------------------------------------------------------------------------
@@ -927,6 +923,22 @@ def test_penultimate_layer_equals_a_model_with_one_layer_fewer(
     hidden = reference(ids, output_hidden_states=True).hidden_states[-2]
     torch.testing.assert_close(given, norm(hidden), rtol=0, atol=0)
     assert not torch.allclose(given, reference(ids).last_hidden_state, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("clip_skip", [1, 2, 3])
+def test_clip_skip_one_is_the_last_layer(clip_skip: int, reference: CLIPTextModel, tokenizer_folder: Path) -> None:
+    text, ids = encoder(reference, tokenizer_folder), tokens(tokenizer_folder, PROMPTS)
+    norm = next(module for name, module in reference.named_modules() if name.endswith("final_layer_norm"))
+    hidden = reference(ids, output_hidden_states=True).hidden_states[-clip_skip]
+    torch.testing.assert_close(text.encode(PROMPTS, clip_skip), norm(hidden), rtol=0, atol=0)
+    torch.testing.assert_close(text.encode(PROMPTS), text.encode(PROMPTS, 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("clip_skip", [0, 4])
+def test_a_layer_that_there_is_not_is_refused(clip_skip: int, reference: CLIPTextModel, tokenizer_folder: Path) -> None:
+    with pytest.raises(ValueError, match=rf"clip_skip is {clip_skip}, expected 1 \(the last layer\) to 3"):
+        encoder(reference, tokenizer_folder).encode(PROMPTS, clip_skip)
 
 
 def test_encoder_without_a_tokenizer_says_to_pass_one(reference: CLIPTextModel) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minireuse.files import read_lines, write_whole
+from minireuse.files import read_lines, read_text, write_whole
 
 
 def test_the_first_free_name_is_taken(tmp_path: Path) -> None:
@@ -56,3 +56,26 @@ def test_a_neighbours_part_file_is_left_alone(tmp_path: Path) -> None:
 def test_blank_lines_are_no_prompts(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a circle\n\n  \na stär\n", encoding="utf-8")
     assert read_lines(tmp_path / "p.txt") == ["a circle", "a stär"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "p.txt").write_bytes("a stär\r\na 圆".encode(encoding))
+    assert read_lines(tmp_path / "p.txt") == ["a stär", "a 圆"]
+
+
+def test_big_endian_text_with_a_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"\xfe\xff" + "ein stär".encode("utf-16-be"))
+    assert read_text(tmp_path / "p.txt") == "ein stär"
+
+
+def test_only_line_ends_end_a_line(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("a\u2028b\x0bc\x85d\re\r\nf\n\ng".encode())
+    assert read_lines(tmp_path / "p.txt") == ["a\u2028b\x0bc\x85d", "e", "f", "g"]
+
+
+@pytest.mark.parametrize("data", [b"a st\xe4r", b"\xff\xfea", b"ab\0", b"\0\0\0\x10PNG"])
+def test_what_is_no_text_is_named(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "p.txt").write_bytes(data)
+    with pytest.raises(ValueError, match=r"p\.txt is not text in UTF-8 or UTF-16 \(.*\); save it as UTF-8"):
+        read_text(tmp_path / "p.txt")

@@ -256,6 +256,39 @@ def test_a_vae_that_overflows_in_half_precision_decodes_in_full(model_folder: Pa
     assert pipe.vae.decoder.conv_in.weight.dtype == torch.float16
 
 
+def test_a_vae_that_overflows_in_half_precision_encodes_in_full(model_folder: Path) -> None:
+    half, full = (minireuse.load(model_folder, device="cpu", dtype=dtype) for dtype in ("float16", "float32"))
+    weights = [pipe.vae.encoder.conv_in.weight for pipe in (half, full)]
+    largest = 6e4 / weights[1].abs().max()
+    for weight in weights:
+        weight.mul_(largest)  # within float16, but not what comes out of it
+    image = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    with pytest.warns(UserWarning, match=r"overflowed in torch\.float16, so the images are encoded in float32"):
+        start = half._start(generators, (None, None), torch.zeros(2, 4, 8, 8), image, 1)
+    expected = half.schedule.alpha(1) * full.vae.encode(image)
+    torch.testing.assert_close(start, expected, rtol=1e-2, atol=1e-2)
+    assert half.vae.encoder.conv_in.weight.dtype == torch.float16
+    half.vae.encoder.conv_out.bias[0] = torch.nan
+    with pytest.warns(UserWarning, match="encoded"), pytest.raises(ValueError, match="VAE gave NaN or inf"):
+        half.generate(PROMPTS, steps=2, init_images=image)
+
+
+def test_guidance_zero_runs_as_one_and_says_so(pipeline: minireuse.Pipeline) -> None:
+    off = pipeline.generate(PROMPTS[0], steps=2, guidance_scale=1)
+    with pytest.warns(UserWarning, match="guidance_scale 0 would ignore the prompt; it runs as 1"):
+        zero = pipeline.generate(PROMPTS[0], steps=2, guidance_scale=0)
+    assert torch.equal(zero.latents, off.latents)
+
+
+def test_strength_one_keeps_what_the_schedule_leaves_of_the_image(pipeline: minireuse.Pipeline) -> None:
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    first = pipeline.timesteps(4, strength=1.0)[0]
+    start = pipeline._start([torch.Generator()], (None, None), torch.zeros(1, 4, 8, 8), image, first)
+    torch.testing.assert_close(start, pipeline.schedule.alpha(first) * pipeline.vae.encode(image))
+    assert start.abs().max() > 0
+
+
 def test_load_refuses_unknown_devices_and_dtypes(model_folder: Path) -> None:
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         minireuse.load(model_folder, dtype="int8")

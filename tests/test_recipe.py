@@ -53,13 +53,14 @@ SETTINGS = [
     ("--policy", "random", "--reuse", "2", "--steps", "6", "--attention", "explicit", "--width", "32"),
     ("--dtype", "bfloat16", "--steps", "2"),
     ("--init-image", "first.png", "--strength", "0.5", "--steps", "4"),
+    ("--clip-skip", "2", "--steps", "2"),
 ]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=" ".join)
 def test_the_same_pixels_again(run: Run, settings: tuple[str, ...]) -> None:
     if "--init-image" in settings:
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)).save("first.png")
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 60, 3), dtype=np.uint8)).save("first.png")
     made = ["--prompt", "a red house", "an oak", "--num-images", "2", "--seed", "5", "--batch-size", "3"]
     assert run(*made, *settings, "--out", "out") == (0, "")
     for name in ("00000.png", "00002.png", "00003.png"):  # the last one in a batch of its own

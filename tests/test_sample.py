@@ -196,6 +196,7 @@ def test_every_option_arrives_where_it_belongs(
         "--negative-prompt cross --sampler ddim --guidance-scale 3 --eta 0.25 --attention explicit --width 24 --seed 9"
         " --height 8 --cache-dtype float32 --policy early --reuse 2 --kind out --sites cross --tokenizer t --dtype"
         " bfloat16 --prediction-type v_prediction --batch-size 1 --quiet --spacing karras --guidance-rescale 0.5"
+        " --clip-skip 2"
     )
     assert run(*options.split())[0] == 0
     expected = {
@@ -203,6 +204,7 @@ def test_every_option_arrives_where_it_belongs(
         **{"prediction_type": "v_prediction", "prompts": ["a red house"], "negative_prompts": "cross", "steps": 4},
         **{"sampler": "ddim", "guidance_scale": 3.0, "seeds": [9], "height": 8, "width": 24, "eta": 0.25},
         **{"attention": "explicit", "init_images": None, "spacing": "karras", "guidance_rescale": 0.5},
+        **{"clip_skip": 2},
     }
     assert {name: seen[name] for name in expected} == expected
     assert seen["plan"] == early(4, select(pipeline.sites, "cross", "out"), k=2)
@@ -278,10 +280,37 @@ def test_short_and_long_schedules(model_folder: Path, steps: int, k: int, tmp_pa
     assert f"k is {steps}, expected a whole number from 0 to {steps - 1}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("scale", ["0", "1", "-2.5", "30"])
+@pytest.mark.parametrize("scale", ["1", "-2.5", "30"])
 def test_guidance_of_any_sign(run, scale: str) -> None:
-    assert run("--guidance-scale", scale, "--policy", "hurry", "--out", "a.png", "--quiet")[0] == 0
+    assert run("--guidance-scale", scale, "--policy", "hurry", "--out", "a.png", "--quiet") == (0, "", "")
     assert Path("a.png").exists()
+
+
+def test_guidance_zero_is_told_once_and_written_down_as_one(run) -> None:
+    said = "note: guidance_scale 0 would ignore the prompt; it runs as 1, without guidance\n"
+    many = ("--num-images", "2", "--batch-size", "1")
+    assert run("--guidance-scale", "0", *many, "--out", "a", "--quiet") == (0, "", said)
+    with Image.open("a/00001.png") as image:
+        assert image.text["guidance_scale"] == "1.0"
+
+
+def test_an_initial_image_keeps_its_proportions(run) -> None:
+    Image.new("RGBA", (40, 160), (255, 0, 0, 128)).save("init.png")
+    status, _, err = run("--init-image", "init.png", "--strength", "1", "--out", "a.png", "--quiet")
+    assert (status, err) == (0, "note: init.png is transparent in places; it is laid onto white\n")
+    with Image.open("a.png") as image:
+        assert (image.size, image.text["size"]) == ((8, 32), "8x32")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(run, encoding: str) -> None:
+    Path("prompts.txt").write_text("a red house\n", encoding=encoding)
+    options = ("--steps", "1", "--quiet", "--out")
+    assert run("--prompts-file", "prompts.txt", *options, "a.png", prompt=None, steps=None)[0] == 0
+    assert run(*options, "b.png", steps=None)[0] == 0
+    with Image.open("a.png") as a, Image.open("b.png") as b:
+        assert a.text["prompt"] == "a red house"
+        assert np.array_equal(np.array(a), np.array(b))
 
 
 @pytest.mark.parametrize(

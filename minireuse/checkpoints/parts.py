@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from transformers import CLIPTextConfig, CLIPTokenizer
+from transformers import CLIPTextConfig
 
 from minireuse.checkpoints import ldm
 from minireuse.checkpoints.configs import (
@@ -32,16 +31,14 @@ from minireuse.checkpoints.tensors import (
     fill,
     open_file,
     read_json,
-    reason,
 )
+from minireuse.checkpoints.tokenizer import read_tokenizer
 from minireuse.config import GUIDANCE_SCALE, SD1_UNET, SD2_UNET, SD_VAE, UNetConfig, VAEConfig
 from minireuse.files import shown
 from minireuse.schedule import SD_SCHEDULE, ScheduleConfig
 from minireuse.text import TextEncoder
 from minireuse.unet import UNet
 from minireuse.vae import VAE
-
-HUB_TOKENIZER = "openai/clip-vit-large-patch14"
 
 
 @dataclass
@@ -129,7 +126,7 @@ def _describe_folder(folder: Path) -> Description:
 
 def _fill_from_folder(parts: Parts, folder: Path, dtype: torch.dtype, tokenizer: str | Path | None) -> None:
     text = parts.text
-    text.tokenizer = _read_tokenizer(tokenizer or folder / "tokenizer", text.model.config.vocab_size)
+    text.tokenizer, text.padding = read_tokenizer(tokenizer or folder / "tokenizer", text.model.config.vocab_size)
     fill(parts.unet, _tensors(folder / "unet", "diffusion_pytorch_model").items(), folder / "unet", dtype)
     vae_tensors = _tensors(folder / "vae", "diffusion_pytorch_model").items()
     fill(parts.vae, vae_tensors, folder / "vae", dtype, name=_modern_vae_name)
@@ -205,10 +202,9 @@ def _describe_single_file(path: Path, tensors: Mapping[str, Source]) -> Descript
 
 def _fill_from_single_file(parts: Parts, path: Path, dtype: torch.dtype, tokenizer: str | Path | None) -> None:
     second = parts.unet.config.cross_attention_dim == SD2_UNET.cross_attention_dim
-    read_tokenizer = _read_tokenizer(tokenizer or HUB_TOKENIZER, parts.text.model.config.vocab_size)
-    # OpenCLIP pads with token 0, CLIP with the end token, whatever the tokenizer's own settings are.
-    read_tokenizer.pad_token = "!" if second else read_tokenizer.eos_token
-    parts.text.tokenizer = read_tokenizer
+    parts.text.tokenizer, _ = read_tokenizer(tokenizer, parts.text.model.config.vocab_size)
+    # OpenCLIP pads with id 0, CLIP with the end token, whatever the tokenizer's own settings are.
+    parts.text.padding = 0 if second else parts.text.tokenizer.eos_token_id
     groups: dict[str, list[tuple[str, Source]]] = {"unet": [], "vae": [], "text": []}
     for key, source in open_file(path).items():
         part, found = ldm.translate(key, second)
@@ -220,35 +216,3 @@ def _fill_from_single_file(parts: Parts, path: Path, dtype: torch.dtype, tokeniz
     fill(parts.unet, groups["unet"], path, dtype)
     fill(parts.vae, groups["vae"], path, dtype)
     fill(parts.text.model, groups["text"], path, dtype, name=_bare_text_name)
-
-
-# --- tokenizers ----------------------------------------------------------------------------------------------------
-
-
-def _read_tokenizer(source: str | Path, vocabulary: int) -> CLIPTokenizer:
-    """The tokenizer in a folder, or, where `source` is a string and no folder, of that name on the hub."""
-    advice = "pass --tokenizer with a folder that holds vocab.json and merges.txt, or the name of one on the hub"
-    try:
-        folder = Path(source)
-        if not folder.is_dir():
-            if isinstance(source, Path):
-                raise FileNotFoundError("no such folder")
-            # Not by CLIPTokenizer itself, which without a network retries for minutes and then gives an empty one.
-            folder = Path(snapshot_download(source, allow_patterns=["vocab.json", "merges.txt", "*token*.json"]))
-        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-        ids = tokenizer(["a"], truncation=False, verbose=False)["input_ids"][0]  # as prompts will be
-        ends = tokenizer.bos_token_id, tokenizer.eos_token_id
-        padding = tokenizer.pad_token_id  # looks for ever where neither it nor the unknown token is in the vocabulary
-    except Exception as error:  # transformers and the hub raise many kinds, network errors among them
-        raise CheckpointError(f"no CLIP tokenizer could be read from {source} ({reason(error)}); {advice}") from None
-    if None in (*ends, padding) or (ids[0], ids[-1]) != ends or len(set(ids)) < 3:
-        raise CheckpointError(
-            f"the tokenizer in {source} does not mark where a text begins and ends, or lacks padding; {advice}"
-        )
-    # Some versions of transformers read a folder without files as a tokenizer of two tokens.
-    if len(tokenizer) < 256 or max(tokenizer.get_vocab().values()) >= vocabulary:
-        raise CheckpointError(
-            f"the tokenizer in {source} has {len(tokenizer)} tokens, expected 256 (one per byte) to {vocabulary} "
-            f"(as the text encoder), numbered from 0; {advice}"
-        )
-    return tokenizer

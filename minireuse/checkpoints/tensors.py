@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minireuse.files import parse_json
+from minireuse.files import parse_json, read_text
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 # A buffer that some versions of transformers saved.
@@ -110,7 +110,7 @@ def complain(what: str, keys: Iterable[str], why: str) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        data = parse_json(path.read_text(encoding="utf-8"))
+        data = parse_json(read_text(path))
     except OSError:
         raise CheckpointError(f"{path} is missing or unreadable; is this a complete diffusers folder?") from None
     except ValueError as error:

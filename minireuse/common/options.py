@@ -30,7 +30,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model", type=Path, metavar="PATH", help="diffusers folder or .safetensors file; default: the shipped model"
     )
-    group.add_argument("--tokenizer", metavar="PATH|NAME", help="for single files: a folder or a name on the hub")
+    group.add_argument(
+        "--tokenizer", metavar="PATH|NAME", help="a folder or a name on the hub; default: the model's own, or CLIP's"
+    )
     prediction_help = "what the U-Net predicts; overrides what the checkpoint says"
     group.add_argument("--prediction-type", choices=PREDICTION_TYPES, help=prediction_help)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -82,7 +84,7 @@ def add_guidance_option(parser: argparse._ActionsContainer) -> None:
 
 def guidance_scale(args: argparse.Namespace, pipeline: Pipeline) -> float:
     """The guidance scale that `add_guidance_option` was given, or the model's own."""
-    return pipeline.guidance_scale if args.guidance_scale is None else float(args.guidance_scale)
+    return pipeline.guidance(args.guidance_scale)
 
 
 def load_model(args: argparse.Namespace, device: str | None = None) -> Pipeline:

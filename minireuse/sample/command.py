@@ -12,9 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,7 +27,8 @@ from minireuse.policies import select
 from minireuse.sample.maps import MapRecorder, words_of
 from minireuse.sample.memory import CacheShape, advice_on_memory, within_budget
 from minireuse.sample.options import sample_parser
-from minireuse.sample.recipe import Recipe, digest_of, read_image, to_png
+from minireuse.sample.pictures import read_init_image
+from minireuse.sample.recipe import Recipe, digest_of, to_png
 from minireuse.sample.settings import Settings, read_settings
 from minireuse.samplers import Step
 from minireuse.search import build, names_in, policies_for
@@ -65,13 +64,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     next_target = targets(args.out, len(settings.wanted))
     # A dry run reads no weights, but for phast, which has to know whose plan it looks for.
     pipeline = load_pipeline(settings, "meta" if args.dry_run and "phast" not in names_in(settings.policy) else None)
-    if settings.guidance_scale is None:
-        settings = replace(settings, guidance_scale=pipeline.guidance_scale)
+    settings = replace(settings, guidance_scale=pipeline.guidance(settings.guidance_scale))
     if settings.recipe is not None and not args.dry_run and settings.recipe.fingerprint != pipeline.fingerprint:
         advice = "name that model with --model"
         raise ValueError(f"{args.from_png} was made by another model than {settings.model_name}; {advice}")
-    init_image = None if settings.init_image is None else read_init_image(settings.init_image, settings, pipeline)
-    strength = None if init_image is None else settings.strength
+    init_image = strength = None
+    if settings.init_image is not None:
+        init_image = read_init_image(settings.init_image, settings.height, settings.width, pipeline)
+        height, width = init_image.shape[2:]
+        settings = replace(settings, height=height, width=width)
+        strength = settings.strength
     calls = pipeline.calls(settings.sampler, settings.steps, strength)
     plan = make_plan(settings, pipeline, calls)
     shape = CacheShape(
@@ -182,6 +184,7 @@ def paint(
         sampler=settings.sampler,
         guidance_scale=settings.guidance_scale,
         guidance_rescale=settings.guidance_rescale,
+        clip_skip=settings.clip_skip,
         seeds=[seed for _, seed in batch],
         height=settings.height,
         width=settings.width,
@@ -225,6 +228,7 @@ def make_recipe(settings: Settings, pipeline: Pipeline, plan: ReusePlan, watched
         fingerprint=pipeline.fingerprint,
         prediction_type=pipeline.schedule.prediction_type,
         watched=watched,
+        clip_skip=settings.clip_skip,
     )
 
 
@@ -248,11 +252,3 @@ def _check_writable(folder: Path) -> None:
     above = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"--out: {above} is no folder that can be written to; choose another place")
-
-
-def read_init_image(path: Path, settings: Settings, pipeline: Pipeline) -> Tensor:
-    """Shapes: -> (1, 3, H, W) in -1 ... 1, resized to the size asked for, or the model's own."""
-    own = pipeline.unet.config.sample_size * pipeline.vae.config.factor
-    image = read_image(path, "give --init-image a picture, as PNG, say").convert("RGB")
-    resized = image.resize((settings.width or own, settings.height or own), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 127.5 - 1

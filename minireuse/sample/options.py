@@ -34,10 +34,11 @@ def sample_parser() -> argparse.ArgumentParser:
     what.add_argument("--num-images", type=int, default=1, metavar="N", help=images_help)
     png_help = "make this PNG again from the settings stored in it"
     what.add_argument("--from-png", type=Path, metavar="FILE", help=png_help)
-    what.add_argument("--height", type=int, help="pixels; default: what the model was trained at")
-    what.add_argument("--width", type=int, help="pixels; default: what the model was trained at")
+    size_help = "pixels; default: what the model was trained at, in the proportions of --init-image"
+    what.add_argument("--height", type=int, help=size_help)
+    what.add_argument("--width", type=int, help=size_help)
     what.add_argument("--init-image", type=Path, metavar="FILE", help="start from this image instead of noise")
-    strength_help = "how much to change the initial image: near 0 keeps it, 1 ignores it"
+    strength_help = "how much to change the initial image: near 0 keeps it, 1 keeps a faint trace of it"
     what.add_argument("--strength", type=float, default=0.8, help=strength_help)
     how = p.add_argument_group("how to sample")
     how.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
@@ -45,6 +46,8 @@ def sample_parser() -> argparse.ArgumentParser:
     add_guidance_option(how)
     rescale_help = "how much of the contrast that guidance adds is taken back: 0 is none, 1 is all"
     how.add_argument("--guidance-rescale", type=float, default=0.0, metavar="R", help=rescale_help)
+    skip_help = "the layer of the text encoder to read: 1 is the last, 2 the one before; default: the model's own"
+    how.add_argument("--clip-skip", type=int, metavar="N", help=skip_help)
     eta_help = "noise that ddim adds: 0 is none, 1 is as much as DDPM"
     how.add_argument("--eta", type=float, default=0.0, help=eta_help)
     attention_help = "attention kernel of calls that store no map"

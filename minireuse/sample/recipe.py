@@ -52,7 +52,12 @@ PLAIN: dict[str, Callable[[str], Any]] = {
 }
 
 
-NEWER: dict[str, Callable[[str], Any]] = {"spacing": str, "guidance_rescale": float}  # not in files of version 0.1
+# Not in files of version 0.1.
+NEWER: dict[str, Callable[[str], Any]] = {
+    "spacing": str,
+    "guidance_rescale": float,
+    "clip_skip": lambda text: int(text) if text else None,
+}
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Recipe:
     watched: str
     spacing: str = ""  # of the timesteps; empty in files of version 0.1, which have the model's own
     guidance_rescale: float = 0.0
+    clip_skip: int | None = None
 
     def chunks(self) -> dict[str, str]:
         """The text of a PNG."""
@@ -97,6 +103,7 @@ class Recipe:
             "prompt": prompt,
             "seed": str(seed),
             **{name: str(getattr(self, name)) for name in (*PLAIN, *NEWER)},
+            "clip_skip": "" if self.clip_skip is None else str(self.clip_skip),
             "steps": str(self.steps) if isinstance(self.steps, int) else ",".join(map(str, self.steps)),
             "size": f"{self.width}x{self.height}",
             "init_image": json.dumps(self.init_image),

@@ -30,7 +30,7 @@ class Settings:
 
     jobs: prompts and seeds. wanted: the numbers of the jobs whose pictures are written.
     steps: how many, or the timesteps themselves. spacing: of them; None is the model's own.
-    guidance_scale: None is the model's own. height, width: None is what the model was trained at.
+    guidance_scale, clip_skip: None is the model's own. height, width: None is what the model was trained at.
     reuse: the number of calls that reuse; sites, kind: what reuses, and whose maps are saved; latency: for `phast`, the
     most that the plan may take of the full sampler's time. None of these is the policy's own.
     recipe: what a PNG says it was made from, where one is made again.
@@ -63,6 +63,7 @@ class Settings:
     prediction_type: str | None
     device: str
     dtype: str
+    clip_skip: int | None = None
     recipe: Recipe | None = None
 
     @property
@@ -126,6 +127,7 @@ def _asked(args: argparse.Namespace) -> Settings:
         prediction_type=args.prediction_type,
         device=args.device,
         dtype=args.dtype,
+        clip_skip=args.clip_skip,
     )
 
 
@@ -185,6 +187,7 @@ def _made_again(args: argparse.Namespace) -> Settings:
         prediction_type=recipe.prediction_type,
         device=device,
         dtype=recipe.dtype,
+        clip_skip=recipe.clip_skip,
         recipe=recipe,
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from minireuse.files import parse_json, shipped_model
+from minireuse.files import parse_json, read_text, shipped_model
 from minireuse.plan import PlanError, ReusePlan, Site
 from minireuse.policies import Searched
 
@@ -18,9 +18,9 @@ def read_plan(path: Path, sites: Iterable[Site] = ()) -> tuple[ReusePlan, dict[s
     sites: of the model; files of version 0.1 do not say how deep sites lie.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         plan, about = ReusePlan.from_json(text, sites), parse_json(text).get("about")
-    except (PlanError, UnicodeDecodeError) as error:
+    except ValueError as error:  # a PlanError, too
         raise PlanError(
             f"{path} is not a plan ({error}); give a file that a search or ReusePlan.to_json made"
         ) from None

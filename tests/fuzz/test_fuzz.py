@@ -25,7 +25,9 @@ from transformers import CLIPTextConfig
 from minireuse.checkpoints import parts as checkpoint
 from minireuse.checkpoints.fields import ConfigError
 from minireuse.checkpoints.tensors import CheckpointError, fill, open_file
+from minireuse.checkpoints.tokenizer import read_tokenizer
 from minireuse.common.journal import Journal
+from minireuse.files import read_text
 from minireuse.plan import ReusePlan, Site
 from minireuse.policies import hurry, select
 from minireuse.sample.recipe import Recipe, from_png
@@ -142,12 +144,13 @@ def test_shard_indices(tmp_path_factory: pytest.TempPathFactory, data: bytes) ->
 
 def test_tokenizers(tokenizer_folder: Path, tmp_path: Path) -> None:
     good = {path.name: path.read_bytes() for path in tokenizer_folder.iterdir()}
-    size = len(checkpoint._read_tokenizer(tokenizer_folder, 2**16))
+    size = len(read_tokenizer(tokenizer_folder, 2**16)[0])
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = CLIPTextConfig(vocab_size=size, bos_token_id=0, eos_token_id=1, **sizes)
 
     def read() -> None:
-        text = TextEncoder(config, checkpoint._read_tokenizer(tmp_path, size))
+        tokenizer, padding = read_tokenizer(tmp_path, size)
+        text = TextEncoder(config, tokenizer, padding=padding)
         text.encode(["a red house", "", "\U0001f984 <|endoftext|> ..."])
 
     @few
@@ -174,7 +177,7 @@ def test_plans(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path.write_bytes(data)
 
     def read() -> None:
-        plan = ReusePlan.from_json(path.read_text(encoding="utf-8"))
+        plan = ReusePlan.from_json(read_text(path))
         plan.on(SITES).step(0)
 
     attempt("plan", read)
