@@ -29,7 +29,7 @@ from minireuse.policies import select
 from minireuse.sample.maps import MapRecorder, words_of
 from minireuse.sample.memory import CacheShape, advice_on_memory, within_budget
 from minireuse.sample.options import sample_parser
-from minireuse.sample.recipe import Recipe, digest_of, read_image, to_png
+from minireuse.sample.recipe import Recipe, digest_of, read_image, to_png, tokens_of
 from minireuse.sample.settings import Settings, read_settings
 from minireuse.samplers import Step
 from minireuse.search import build, names_in, policies_for
@@ -67,9 +67,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pipeline = load_pipeline(settings, "meta" if args.dry_run and "phast" not in names_in(settings.policy) else None)
     if settings.guidance_scale is None:
         settings = replace(settings, guidance_scale=pipeline.guidance_scale)
-    if settings.recipe is not None and not args.dry_run and settings.recipe.fingerprint != pipeline.fingerprint:
-        advice = "name that model with --model"
-        raise ValueError(f"{args.from_png} was made by another model than {settings.model_name}; {advice}")
+    if settings.recipe is not None and not args.dry_run:
+        check_model(args.from_png, settings.recipe, settings.model_name, pipeline)
     init_image = None if settings.init_image is None else read_init_image(settings.init_image, settings, pipeline)
     strength = None if init_image is None else settings.strength
     calls = pipeline.calls(settings.sampler, settings.steps, strength)
@@ -90,6 +89,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     recipe = make_recipe(settings, pipeline, plan, watched="" if args.save_maps is None else settings.sites)
     recipe.check_text()
+    tokens = [tokens_of(pipeline.text, batch, settings.negative_prompt) for batch in settings.batches]
     if settings.compile:
         from minireuse.compilation import CompiledUNet  # a room that is entered only where it is asked for
 
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             seconds, peak = seconds + result.seconds, max(peak, result.cache_peak_bytes)
             for place, image in enumerate(result.images):
                 if number * settings.batch_size + place in settings.wanted:
-                    png = to_png(image, replace(recipe, jobs=batch, place=place))
+                    png = to_png(image, replace(recipe, jobs=batch, place=place, tokens=tokens[number]))
                     written.append(write_whole(next_target(), png, overwrite=args.overwrite))
     return {
         "images": [str(path) for path in written],
@@ -140,6 +140,16 @@ def load_pipeline(settings: Settings, device: str | None) -> Pipeline:
         spacing=settings.spacing,
         tokenizer=settings.tokenizer,
     )
+
+
+def check_model(png: Path, recipe: Recipe, name: str, pipeline: Pipeline) -> None:
+    """Raises: ValueError where the model is not the one that a picture was made by, with the parts that differ."""
+    other = recipe.other_parts(pipeline.digests, tokens_of(pipeline.text, recipe.jobs, recipe.negative_prompt))
+    if recipe.fingerprint != pipeline.fingerprint and "U-Net" not in other:
+        other = ["U-Net", *other]
+    if other:
+        advice = "name the tokenizer with --tokenizer" if other == ["tokenizer"] else "name that model with --model"
+        raise ValueError(f"{png} was made by another model than {name} (another {', '.join(other)}); {advice}")
 
 
 def make_plan(settings: Settings, pipeline: Pipeline, calls: int) -> ReusePlan:
@@ -222,6 +232,7 @@ def make_recipe(settings: Settings, pipeline: Pipeline, plan: ReusePlan, watched
         plan=plan.to_json(),
         model=settings.model_name,
         fingerprint=pipeline.fingerprint,
+        digests=pipeline.digests,
         prediction_type=pipeline.schedule.prediction_type,
         watched=watched,
     )
