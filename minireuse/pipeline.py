@@ -8,9 +8,10 @@ import math
 import operator
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from minireuse import checkpoints
 from minireuse.attention import Watch
 from minireuse.cache import ReuseCache
-from minireuse.config import GUIDANCE_SCALE
+from minireuse.config import GUIDANCE_SCALE, UNetConfig, VAEConfig
 from minireuse.devices import pick_device, pick_dtype
 from minireuse.files import shipped_model
 from minireuse.guidance import ConditionalUNet, guided_denoise
@@ -136,14 +137,29 @@ class Pipeline:
         They come from thousands of numbers of every tensor, not from all, which would take seconds. A model stored in
         half precision has the same ones in float32. Without weights, on the meta device, there are none.
         """
+        return "" if self.device.type == "meta" else _sampled(self.unet.parameters())
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What tells the U-Net, VAE, text encoder and schedule from others: weights, as in `fingerprint`, and settings.
+
+        Twelve hexadecimal digits each; none without weights, on the meta device.
+        """
         if self.device.type == "meta":
-            return ""
-        digest = hashlib.sha256()
-        for tensor in self.unet.parameters():
-            # Channels last, as they lie in memory, so that the tensor is not copied.
-            values = (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).detach().flatten()
-            digest.update(values[:: max(1, len(values) // 4096)].to("cpu", torch.float32).numpy().tobytes())
-        return digest.hexdigest()[:12]
+            return {}
+        text = self.text.model
+        # By the names of transformers 5, so that another version's order does not matter.
+        encoder = {name.removeprefix("text_model."): tensor for name, tensor in text.named_parameters()}
+        table = self.schedule.alphas_cumprod.float()  # the last digits of a double may depend on the machine
+        return {
+            "U-Net": _digest(self.fingerprint, _settings(self.unet.config)),
+            "VAE": _digest(_sampled(self.vae.parameters()), _settings(self.vae.config)),
+            "text encoder": _digest(
+                _sampled(encoder[name] for name in sorted(encoder)),
+                [text.config.num_attention_heads, text.config.hidden_act, text.config.layer_norm_eps],
+            ),
+            "schedule": _digest(table.tolist(), self.schedule.last_alpha_cumprod == 1, self.schedule.offset),
+        }
 
     def timesteps(self, steps: int | Sequence[float], strength: float | None = None) -> list[float]:
         """The timesteps a run visits: all, or with an initial image the last `strength` of them.
@@ -180,9 +196,11 @@ class Pipeline:
     @torch.inference_mode()
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | None = None,
         *,
         negative_prompts: str | Sequence[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
         steps: int | Sequence[float] = 20,
         sampler: str = "ddim",
         guidance_scale: float | None = None,
@@ -204,6 +222,8 @@ class Pipeline:
     ) -> Result:
         """Generate one batch of images: a prompt and a seed each, either of them given once for all.
 
+        prompt_embeds, negative_prompt_embeds: (B, M, D), what the text encoder would give, instead of its texts. M may
+        be more than 77, but is the same in both.
         steps: how many timesteps, spaced as `schedule` says, or the timesteps themselves, falling.
         height, width: pixels; None is what the model was trained at. latents: initial noise instead of the seeds'.
         guidance_scale: None is the model's own, or 7.5 where the model says nothing; 1 is off, and 0 runs as 1.
@@ -238,9 +258,17 @@ class Pipeline:
         if len(cache):
             raise ValueError("the cache still holds tensors of another run; pass a new one or call its clear()")
 
-        prompts, seeds, negatives = _batch(prompts, seeds, negative_prompts)
-        guided = guidance_scale != 1
-        context = self.text.encode([*negatives, *prompts] if guided else prompts, clip_skip)
+        if negative_prompts is None and negative_prompt_embeds is None:
+            negative_prompts = ""
+        positive = self._texts("prompt", prompts, prompt_embeds)
+        negative = self._texts("negative_prompt", negative_prompts, negative_prompt_embeds)
+        seeds = [seeds] if isinstance(seeds, (int, np.integer)) else list(seeds)
+        positive, negative, seeds = _batch(
+            {"prompts": positive, "negative_prompts": negative, "seeds": [operator.index(seed) for seed in seeds]}
+        )
+        context = (
+            self._context(clip_skip, positive) if guidance_scale == 1 else self._context(clip_skip, negative, positive)
+        )
         # One generator per image, on the CPU: an image depends on its own seed alone, on every device and in any batch.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         x = self._start(generators, (height, width), latents, init_images, timesteps[0])
@@ -277,6 +305,37 @@ class Pipeline:
             where = f"step {broken[0] + 1} of {len(timesteps)} (t = {timesteps[broken[0]]})"
             raise ValueError(f"the latents became NaN or inf at {where}, computed in {self.dtype}; try dtype float32")
         return Result(self.to_images(x), x, seconds, calls, cache.peak_nbytes)
+
+    def _texts(self, name: str, texts: str | Sequence[str] | None, embeds: Tensor | None) -> list[Any]:
+        """The texts of a batch, or what stands for them, (M, D) each.
+
+        Raises: ValueError for both of them, none, or what does not fit the U-Net.
+        """
+        if (texts is None) == (embeds is None):
+            given = "neither of them is given" if texts is None else "both are given"
+            raise ValueError(f"{name}s and {name}_embeds: {given}; give one of them")
+        if embeds is None:
+            return [texts] if isinstance(texts, str) else list(texts or [])
+        width = self.unet.config.cross_attention_dim
+        shape = tuple(embeds.shape)
+        if len(shape) != 3 or 0 in shape or shape[2] != width:
+            raise ValueError(f"{name}_embeds have shape {shape}, expected (B, tokens, {width}), as text.encode gives")
+        if not torch.isfinite(embeds).all():
+            raise ValueError(f"{name}_embeds hold NaN or inf; compute them again, in float32")
+        return list(embeds.to(self.device, self.dtype))
+
+    def _context(self, clip_skip: int | None, *groups: list[Any]) -> Tensor:
+        """The context of texts and of what stands for them. Shapes: -> (B of all groups together, M, D)."""
+        if all(isinstance(text, str) for group in groups for text in group):
+            return self.text.encode([text for group in groups for text in group], clip_skip)
+        parts = [self.text.encode(g, clip_skip) if isinstance(g[0], str) else torch.stack(g) for g in groups]
+        if len({part.shape[1] for part in parts}) > 1:
+            lengths = " and ".join(str(part.shape[1]) for part in parts)
+            raise ValueError(
+                f"negative and positive prompts are {lengths} tokens long, expected the same length; "
+                "give prompt_embeds and negative_prompt_embeds of one length"
+            )
+        return torch.cat(parts)
 
     def _start(
         self,
@@ -346,6 +405,29 @@ class Pipeline:
             torch.mps.synchronize()
 
 
+def _sampled(tensors: Iterable[Tensor]) -> str:
+    """A digest of thousands of numbers of each tensor."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        # Channels last, as they lie in memory, so that the tensor is not copied.
+        values = (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).detach().flatten()
+        digest.update(values[:: max(1, len(values) // 4096)].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _settings(config: UNetConfig | VAEConfig) -> dict[str, object]:
+    """What a configuration sets apart from defaults, so that a field that a later version adds changes nothing.
+
+    The size that a model was trained at changes no picture: a size that is not given is known before painting begins.
+    """
+    values = {field.name: (getattr(config, field.name), field.default) for field in fields(config)}
+    return {name: own for name, (own, default) in values.items() if own != default and name != "sample_size"}
+
+
+def _digest(*values: object) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
+
+
 def _sampler(name: str) -> Sampler:
     if name not in SAMPLERS:
         raise ValueError(f"sampler is {name!r}, expected one of {', '.join(SAMPLERS)}")
@@ -357,18 +439,10 @@ def _noise(generators: list[torch.Generator], shape: Sequence[int]) -> Tensor:
     return torch.stack([torch.randn(*shape, generator=g) for g in generators])
 
 
-def _batch(
-    prompts: str | Sequence[str], seeds: int | Sequence[int], negatives: str | Sequence[str] | None
-) -> tuple[list[str], list[int], list[str]]:
-    """Prompts, seeds and negative prompts, each repeated to the batch where only one is given."""
-    columns: dict[str, list] = {
-        "prompts": [prompts] if isinstance(prompts, str) else list(prompts),
-        "seeds": [seeds] if isinstance(seeds, (int, np.integer)) else list(seeds),
-        "negative_prompts": [negatives or ""] if negatives is None or isinstance(negatives, str) else list(negatives),
-    }
+def _batch(columns: dict[str, list[Any]]) -> list[list[Any]]:
+    """Prompts, negative prompts and seeds, each repeated to the batch where only one is given."""
     size = max(map(len, columns.values()))
     for name, values in columns.items():
         if len(values) not in (1, size) or not values:
             raise ValueError(f"{name} has {len(values)} entries for a batch of {size}, expected 1 or {size}")
-    full = [values * size if len(values) == 1 else values for values in columns.values()]
-    return full[0], [operator.index(seed) for seed in full[1]], full[2]
+    return [values * size if len(values) == 1 else values for values in columns.values()]

@@ -71,6 +71,7 @@ class ScheduleConfig:
     offset: int = 1  # added to "leading" timesteps
     last_alpha_one: bool = False  # alpha-bar after the last step: 1, or (False, as in SD) alphas_cumprod[0]
     zero_snr: bool = False  # betas rescaled so that the last timestep is noise alone (arXiv 2305.08891 algorithm 1)
+    alphas_cumprod: tuple[float, ...] | None = None  # the table itself, where no formula of the betas gives it
 
 
 SD_SCHEDULE = ScheduleConfig()  # Stable Diffusion 1.x's
@@ -116,11 +117,11 @@ class Schedule:
     @classmethod
     def from_config(cls, config: ScheduleConfig = SD_SCHEDULE) -> Schedule:
         """The schedule of `config`; without one, Stable Diffusion's."""
-        _require("beta_schedule", config.beta_schedule, BETA_SCHEDULES)
-        power = 2 if config.beta_schedule == "scaled_linear" else 1
-        start, end = config.beta_start ** (1 / power), config.beta_end ** (1 / power)
-        betas = torch.linspace(start, end, config.train_timesteps, dtype=torch.float64) ** power
-        table = torch.cumprod(1 - betas, dim=0)
+        table = (
+            _formula(config)
+            if config.alphas_cumprod is None
+            else torch.tensor(config.alphas_cumprod, dtype=torch.float64)
+        )
         if config.zero_snr:
             root = table.sqrt()
             table = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
@@ -231,6 +232,15 @@ class Schedule:
     def _tidy(self, t: float) -> float:
         """A whole number where it is one but for rounding, so that the table is read there."""
         return round(t) if abs(t - round(t)) < 1e-6 else t
+
+
+def _formula(config: ScheduleConfig) -> Tensor:
+    """Alpha-bar as the betas give it."""
+    _require("beta_schedule", config.beta_schedule, BETA_SCHEDULES)
+    power = 2 if config.beta_schedule == "scaled_linear" else 1
+    start, end = config.beta_start ** (1 / power), config.beta_end ** (1 / power)
+    betas = torch.linspace(start, end, config.train_timesteps, dtype=torch.float64) ** power
+    return torch.cumprod(1 - betas, dim=0)
 
 
 # --- trajectories that are formulas -----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,7 +67,14 @@ def unused(sizes: Sizes) -> Shapes:
 def random_tensors(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
     """A file's worth of values, no two tensors alike."""
     generator = torch.Generator().manual_seed(seed)
-    return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    tensors = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    return tensors | ({"alphas_cumprod": alphas_cumprod()} if "alphas_cumprod" in shapes else {})
+
+
+def alphas_cumprod(power: int = 2) -> Tensor:
+    """The table of alpha-bar in published files (`ldm/models/diffusion/ddpm.py`, register_schedule); float32."""
+    betas = np.linspace(0.00085 ** (1 / power), 0.012 ** (1 / power), 1000) ** power
+    return torch.from_numpy(np.cumprod(1 - betas)).float()
 
 
 def _prefixed(prefix: str, shapes: Shapes) -> Shapes:

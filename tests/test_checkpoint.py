@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -29,12 +30,13 @@ from minireuse.checkpoints.configs import write_unet_config, write_vae_config
 from minireuse.checkpoints.fields import ConfigError
 from minireuse.checkpoints.parts import CheckpointError, Parts, load_parts
 from minireuse.config import SD1_UNET, SD2_UNET, SD_VAE, VAEConfig
+from minireuse.schedule import SD_SCHEDULE, Schedule
 from minireuse.text import TextEncoder
 from minireuse.unet import UNet
 from minireuse.vae import VAE
 
 from conftest import edit_json, randomise, relative_error
-from ldm_layout import FULL, Sizes, layout, random_tensors, unused
+from ldm_layout import FULL, Sizes, alphas_cumprod, layout, random_tensors, unused
 
 FAMILIES = [1, 2]
 UNETS = {1: SD1_UNET, 2: SD2_UNET}
@@ -129,7 +131,7 @@ def test_original_names_go_where_diffusers_puts_them(family: int) -> None:
     sizes = FULL[family]
     placed: dict[str, tuple[str, int]] = {}
     for key in layout(sizes):
-        part, targets = ldm.translate(key, sizes.second)
+        part, targets = ldm.translate(key)
         assert len(targets) == (3 if "in_proj" in key else 1), key
         for name, rows in targets:
             whole = f"{part}.{name.removeprefix('text_model.') if part == 'text' else name}"
@@ -149,7 +151,7 @@ def test_original_shapes_are_those_of_the_full_models(family: int) -> None:
         }
     wanted = {part: bare(shapes_of(module)) for part, module in parts.items()}
     for key, shape in layout(sizes).items():
-        part, targets = ldm.translate(key, sizes.second)
+        part, targets = ldm.translate(key)
         for name, rows in targets:
             own = wanted[part].pop(name.removeprefix("text_model."))
             split = shape if rows is None else (shape[0] // rows[1], *shape[1:])
@@ -168,9 +170,9 @@ def test_proj_in_is_a_convolution_in_the_first_family_and_linear_in_the_second()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unused_tensors_are_ignored_and_used_ones_are_not(family: int) -> None:
     sizes = FULL[family]
-    assert all(ldm.ignored(key, sizes.second) for key in unused(sizes))
-    assert not any(ldm.ignored(key, sizes.second) for key in layout(sizes))
-    assert not any(ldm.translate(key, sizes.second)[1] for key in unused(sizes))
+    assert all(ldm.ignored(key) or not ldm.translate(key)[1] for key in unused(sizes))
+    assert not any(ldm.ignored(key) for key in layout(sizes))
+    assert not any(ldm.translate(key)[0] == "" for key in layout(sizes))
 
 
 # --- original files, read ------------------------------------------------------------------------------------------
@@ -244,7 +246,8 @@ def test_original_file_loads_as_diffusers_converts_it(
 def test_original_file_gives_the_images_of_diffusers(
     original: Callable[..., Parts], contents: dict[int, dict[str, Tensor]]
 ) -> None:
-    small = {key: 0.2 * tensor for key, tensor in contents[2].items()}  # wild weights would only blur the comparison
+    # Wild weights would only blur the comparison.
+    small = {key: tensor if key == "alphas_cumprod" else 0.2 * tensor for key, tensor in contents[2].items()}
     parts = original(2, small)
     converted = convert(TINY[2], small, text_width=32)
     unet = diffusers.UNet2DConditionModel.from_config(write_unet_config(TINY_UNETS[2])).eval()
@@ -320,10 +323,10 @@ UNKNOWN = [
 
 def test_unknown_keys_are_translated_to_no_name_of_the_models() -> None:
     for sizes in FULL.values():
-        known = {target for key in layout(sizes) for target, _ in ldm.translate(key, sizes.second)[1]}
+        known = {target for key in layout(sizes) for target, _ in ldm.translate(key)[1]}
         for key in UNKNOWN:
-            assert not ldm.ignored(key, sizes.second), key
-            assert known.isdisjoint(name for name, _ in ldm.translate(key, sizes.second)[1]), key
+            assert not ldm.ignored(key), key
+            assert known.isdisjoint(name for name, _ in ldm.translate(key)[1]), key
 
 
 @pytest.mark.parametrize(("family", "key"), [(2, UNKNOWN[0]), (1, UNKNOWN[4]), (2, UNKNOWN[9]), (1, UNKNOWN[11])])
@@ -359,7 +362,7 @@ def test_file_without_a_vae_is_named(original: Callable[..., Parts]) -> None:
 
 MIS_SHAPED: list[dict[str, tuple[int, ...]]] = [
     {
-        "model.diffusion_model.input_blocks.0.0.weight": (8, 9, 3, 3),  # an inpainting model's
+        "model.diffusion_model.input_blocks.1.0.in_layers.2.weight": (8, 9, 3, 3),
         "model.diffusion_model.time_embed.0.weight": (32,),
     },
     {"first_stage_model.encoder.mid.attn_1.q.weight": (32, 32, 3, 3)},
@@ -379,10 +382,13 @@ def test_mis_shaped_keys_are_named_with_their_file(
         assert key in str(error.value)
 
 
-def test_two_tensors_for_one_place_are_refused(original: Callable[..., Parts]) -> None:
+def test_two_tensors_for_one_place_are_refused_unless_they_are_equal(
+    original: Callable[..., Parts], contents: dict[int, dict[str, Tensor]]
+) -> None:
     first = "model.diffusion_model.output_blocks.3.1.norm.weight"
     second = first.replace(".3.1.", ".3.2.")
-    with pytest.raises(CheckpointError, match="two names of the same tensor") as error:
+    original(1, {second: contents[1][first].clone()})
+    with pytest.raises(CheckpointError, match="two names of the same tensor, with different values") as error:
         original(1, {second: torch.zeros(32)})
     assert first in str(error.value)
     assert second in str(error.value)
@@ -392,6 +398,150 @@ def test_quantized_weights_are_refused(original: Callable[..., Parts]) -> None:
     key = "model.diffusion_model.time_embed.0.weight"
     with pytest.raises(CheckpointError, match=rf"sd1\.safetensors.*{key} is torch\.int8"):
         original(1, {key: torch.zeros(32, 8, dtype=torch.int8)})
+
+
+# Other names of the same tensors: where a file of the original layout has the first, it may have the second.
+RENAMED: list[tuple[int, str, str]] = [
+    (
+        1,
+        r"(first_stage_model.*\.attn_1)\.(q|k|v)\.",
+        r"\1.to_\2.",
+    ),  # as newer diffusers, converted back
+    (1, r"(first_stage_model.*\.attn_1)\.proj_out\.", r"\1.to_out.0."),
+    (2, r"(first_stage_model.*\.attn_1)\.q\.", r"\1.query."),
+    (2, r"(first_stage_model.*)\.mid\.attn_1\.norm\.", r"\1.mid_block.attentions.0.group_norm."),
+    (1, r"^cond_stage_model\.transformer\.text_model\.", "cond_stage_model.transformer."),
+    (1, r"^cond_stage_model\.", "conditioner.embedders.0."),
+    (2, r"^cond_stage_model\.model\.", "conditioner.embedders.0.model."),  # SD 2.1 Turbo
+    (1, r"^model\.diffusion_model\.", "model.diffusion_model._orig_mod."),
+    (2, r"^", "_orig_mod."),
+    (2, r"^cond_stage_model\.", "cond_stage_model._orig_mod."),
+    (1, r"^model\.diffusion_model\.input_blocks\.0\.0\.", "model.diffusion_model.conv_in."),
+]
+
+
+@pytest.mark.parametrize(("family", "old", "new"), RENAMED, ids=lambda value: str(value)[-40:])
+def test_other_names_of_the_same_tensors_are_read(
+    family: int, old: str, new: str, original: Callable[..., Parts], contents: dict[int, dict[str, Tensor]]
+) -> None:
+    renamed = {key: re.sub(old, new, key) for key in contents[family] if re.search(old, key)}
+    changes: dict[str, Tensor | None] = dict.fromkeys(renamed)
+    given = original(family, changes | {renamed[key]: contents[family][key] for key in renamed})
+    assert renamed
+    assert_same_tensors(states(given), convert(TINY[family], contents[family], text_width=32))
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_matrices_and_pointwise_convolutions_are_the_same(
+    kernel: bool, original: Callable[..., Parts], contents: dict[int, dict[str, Tensor]]
+) -> None:
+    """Family 1 has convolutions before and after its transformers, family 2 matrices; the VAE's may be either."""
+    family = 2 if kernel else 1
+    changes = {
+        key: tensor[:, :, None, None] if kernel else tensor[:, :, 0, 0]
+        for key, tensor in contents[family].items()
+        if re.search(r"proj_(in|out)\.weight|attn_1\.(q|k|v)\.weight|quant_conv\.weight", key)
+        and tensor.ndim == (2 if kernel else 4)
+    }
+    assert len(changes) > 20
+    assert_same_tensors(states(original(family, changes)), states(original(family)))
+
+
+LEFT_OVER = {
+    "embedding_manager.initial_embeddings.*.weight": (1, 768),
+    "embedding_manager.string_to_param_dict.*": (1, 768),
+    "global_step": (),
+    "first_stage_model.loss.discriminator.main.0.weight": (4, 3, 4, 4),
+    "first_stage_model.model_ema.decay": (),
+    "first_stage_model.model_ema.encoderconv_inweight": (8, 3, 3, 3),
+    "cond_stage_model.transformer.text_projection.weight": (32, 32),
+    "cond_stage_model.logit_scale": (),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_training_and_other_tools_leave_in_a_file_is_not_read(family: int, original: Callable[..., Parts]) -> None:
+    left: dict[str, Tensor | None] = {key: torch.zeros(shape) for key, shape in LEFT_OVER.items()}
+    assert_same_tensors(states(original(family, left)), states(original(family)))
+
+
+@pytest.mark.parametrize("channels", [9, 5, 8])
+def test_single_files_of_other_tasks_are_refused_as_folders_are(channels: int, original: Callable[..., Parts]) -> None:
+    """Inpainting, depth, and instructions: the first convolution has more channels."""
+    message = (
+        rf"sd1\.safetensors: the U-Net reads {channels} channels and writes 4, the VAE's .* they must agree: inpai"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        original(1, {ldm.FIRST_KEY: torch.zeros(8, channels, 3, 3)})
+
+
+@pytest.mark.parametrize("key", ["model.diffusion_model.label_emb.0.0.weight", "control_model.input_blocks.0.0.weight"])
+def test_no_message_advises_to_remove_what_another_model_needs(key: str, original: Callable[..., Parts]) -> None:
+    with pytest.raises(CheckpointError, match=rf"has unknown .*{key}; it holds another model than") as error:
+        original(1, {key: torch.zeros(4)})
+    assert "remove" not in str(error.value)
+
+
+def zero_snr(table: Tensor) -> Tensor:
+    """arXiv 2305.08891, algorithm 1."""
+    root = table.double().sqrt()
+    return (((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2).float()
+
+
+def as_sigmas(table: Tensor) -> Tensor:
+    return ((1 - table.double()) / table.double()).sqrt().float()
+
+
+SHIFTED = alphas_cumprod().double().pow(1.3).float()  # of no known formula
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected", "atol"),
+    [
+        ({"alphas_cumprod": zero_snr(alphas_cumprod())}, zero_snr(alphas_cumprod()), 1e-6),
+        ({"alphas_cumprod": zero_snr(alphas_cumprod()).half()}, zero_snr(alphas_cumprod()), 1e-6),
+        ({"alphas_cumprod": zero_snr(alphas_cumprod()).bfloat16()}, zero_snr(alphas_cumprod()), 1e-6),
+        ({"alphas_cumprod": alphas_cumprod(power=1)}, alphas_cumprod(power=1), 1e-6),
+        ({"alphas_cumprod": SHIFTED}, SHIFTED, 0),
+        ({"alphas_cumprod": SHIFTED[:500].clone()}, SHIFTED[:500], 0),
+        ({"alphas_cumprod": None, "denoiser.sigmas": as_sigmas(SHIFTED)}, SHIFTED, 1e-6),
+    ],
+)
+def test_a_file_with_a_schedule_of_its_own_is_sampled_with_it(
+    tensors: dict[str, Tensor | None], expected: Tensor, atol: float, original: Callable[..., Parts]
+) -> None:
+    with pytest.warns(UserWarning, match=r"sd1\.safetensors has a noise schedule of its own .*, which is used"):
+        parts = original(1, tensors)
+    table = Schedule.from_config(parts.schedule).alphas_cumprod
+    torch.testing.assert_close(table, expected.double(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("key", ["alphas_cumprod", "denoiser.sigmas"])
+def test_rounding_makes_no_schedule_of_its_own(key: str, dtype: torch.dtype, original: Callable[..., Parts]) -> None:
+    rounded = {"alphas_cumprod": alphas_cumprod(), "denoiser.sigmas": as_sigmas(alphas_cumprod())}[key].to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for tensor in (rounded, rounded.float()):  # a file may have been saved in half precision, and then in full
+            assert original(1, {"alphas_cumprod": None, key: tensor}).schedule == SD_SCHEDULE
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        torch.zeros(1000),
+        torch.linspace(0.1, 0.9, 1000),
+        torch.full((1000,), torch.nan),
+        torch.linspace(1.5, 0, 1000),
+        torch.zeros(0),
+        torch.zeros(3, 3),
+        torch.tensor(0.5),
+        torch.arange(1000),
+    ],
+)
+def test_a_table_that_is_no_schedule_is_refused(table: Tensor, original: Callable[..., Parts]) -> None:
+    with pytest.raises(CheckpointError, match=r"sd1\.safetensors: alphas_cumprod is no noise schedule .*; convert the"):
+        original(1, {"alphas_cumprod": table})
 
 
 @pytest.mark.parametrize("shape", [(32, 2048), (32,), ()])
@@ -522,6 +672,53 @@ def test_text_weights_are_read_with_and_without_prefix(
     ids = torch.arange(77)[None]
     with torch.no_grad():
         torch.testing.assert_close(parts.text(ids), theirs["text_encoder"](ids).last_hidden_state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("unet", lambda key: f"_orig_mod.{key}"),
+        ("text_encoder", lambda key: f"_orig_mod.{key}"),
+        ("vae", lambda key: f"module.{key}"),
+        ("vae", lambda key: re.sub(r"mid_block\.attentions\.0\.to_(q|k|v)\.", r"mid.attn_1.\1.", key)),
+        ("vae", lambda key: re.sub(r"mid_block\.resnets\.0\.", "mid.block_1.", key)),
+    ],
+)
+def test_other_names_in_folders_are_read(
+    part: str, name: Callable[[str], str], folder: Path, theirs: dict[str, Any]
+) -> None:
+    rewrite(folder / part / WEIGHTS[part], lambda key, tensor: (name(key), tensor))
+    assert_same_tensors(states(load_parts(folder, torch.float32)), expected_states(theirs))
+
+
+def test_a_text_encoder_in_the_names_of_open_clip_is_read_in_a_folder(folder: Path, theirs: dict[str, Any]) -> None:
+    path = folder / "text_encoder" / WEIGHTS["text_encoder"]
+    state = bare(load_file(path))
+    place = {name: key for key in layout(TINY[2]) for name, rows in ldm.translate(key)[1] if rows is None}
+    renamed = {place[key].removeprefix("cond_stage_model.model."): state[key] for key in state.keys() & place.keys()}
+    for i in range(2):
+        for kind in ("weight", "bias"):
+            attention = [state.pop(f"encoder.layers.{i}.self_attn.{letter}_proj.{kind}") for letter in "qkv"]
+            renamed[f"transformer.resblocks.{i}.attn.in_proj_{kind}"] = torch.cat(attention)
+    path.unlink()
+    save_file({key: tensor.clone() for key, tensor in renamed.items()}, path)
+    assert_same_tensors(states(load_parts(folder, torch.float32)), expected_states(theirs))
+
+
+def test_what_a_folder_holds_beside_what_is_needed_is_not_read(folder: Path, theirs: dict[str, Any]) -> None:
+    """Averages over training in the U-Net's configuration, a text encoder with its projection, or with all of CLIP."""
+    average = {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 5000, "power": 0.6667}
+    edit_json(folder / "unet" / "config.json", **average, update_after_step=0, use_ema_warmup=False)
+    path = folder / "text_encoder" / WEIGHTS["text_encoder"]
+    beside = {"text_projection.weight": (32, 32), "logit_scale": (), "vision_model.post_layernorm.weight": (8,)}
+    tensors = load_file(path) | {key: torch.zeros(shape) for key, shape in beside.items()}
+    path.unlink()
+    save_file(tensors, path)
+    text = folder / "text_encoder" / "config.json"
+    text.write_text(
+        json.dumps({"model_type": "clip", "text_config": json.loads(text.read_text()), "vision_config": {}})
+    )
+    assert_same_tensors(states(load_parts(folder, torch.float32)), expected_states(theirs))
 
 
 def test_schedule_comes_from_the_folder_and_prediction_type_overrides_it(v_model_folder: Path) -> None:
@@ -657,6 +854,7 @@ def test_broken_json_is_named(config: str, content: bytes, expected: str, folder
         ("unet", "down_block_types", ["AttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]),
         ("unet", "up_block_types", ["UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D"]),
         ("unet", "mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),
+        ("unet", "mid_block_type", None),
         ("unet", "cross_attention_dim", [32, 32, 64]),
         ("unet", "only_cross_attention", True),
         ("unet", "transformer_layers_per_block", [1, 2, 10]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -59,6 +60,59 @@ def test_pipeline_equals_diffusers(
         PROMPTS, negative_prompts="a cross", steps=10, sampler=sampler, guidance_scale=guidance_scale, latents=latents
     )
     assert relative_error(result.latents, reference_latents(folder, sampler, guidance_scale, latents)) < 1e-4
+
+
+@pytest.mark.parametrize("tokens", [77, 154, 5])
+def test_embeddings_from_outside_are_used_as_in_diffusers(
+    pipeline: minireuse.Pipeline, model_folder: Path, tokens: int
+) -> None:
+    """Any number of tokens, as libraries that weight prompts give."""
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    embeds = {f"{name}prompt_embeds": torch.randn(2, tokens, 32, generator=generator) for name in ("", "negative_")}
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(model_folder, safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(num_inference_steps=3, guidance_scale=5.0, latents=latents, output_type="latent", **embeds).images
+    given = pipeline.generate(steps=3, guidance_scale=5.0, latents=latents, **embeds).latents
+    assert relative_error(given, expected) < 1e-4
+
+
+def test_the_embeddings_of_a_text_paint_what_the_text_paints(pipeline: minireuse.Pipeline) -> None:
+    embeds = pipeline.text.encode(["a lake", "an oak", "a lake"])
+    expected = pipeline.generate(["an oak", "a lake"], negative_prompts="a lake", seeds=[3, 4], steps=2).latents
+    for texts in (
+        {"prompt_embeds": embeds[1:], "negative_prompts": "a lake"},
+        {"prompts": ["an oak", "a lake"], "negative_prompt_embeds": embeds[:1]},
+        {"prompt_embeds": embeds[1:], "negative_prompt_embeds": embeds[:1].double()},
+    ):
+        given = pipeline.generate(seeds=[3, 4], steps=2, **texts).latents
+        assert relative_error(given, expected) < 1e-5
+    alone = pipeline.generate(prompt_embeds=embeds[1:], seeds=[3, 4], steps=2).latents
+    assert relative_error(alone, pipeline.generate(["an oak", "a lake"], seeds=[3, 4], steps=2).latents) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({}, "prompts and prompt_embeds: neither of them is given"),
+        ({"prompts": "a", "prompt_embeds": torch.zeros(1, 77, 32)}, "prompts and prompt_embeds: both are given"),
+        (
+            {"prompts": "a", "negative_prompts": "", "negative_prompt_embeds": torch.zeros(1, 77, 32)},
+            "negative_prompts and negative_prompt_embeds: both are given",
+        ),
+        ({"prompt_embeds": torch.zeros(77, 32)}, r"prompt_embeds have shape \(77, 32\), expected \(B, tokens, 32\)"),
+        ({"prompt_embeds": torch.zeros(1, 77, 33)}, r"prompt_embeds have shape .*, expected \(B, tokens, 32\)"),
+        ({"prompt_embeds": torch.zeros(0, 77, 32)}, r"prompt_embeds have shape .*, expected \(B, tokens, 32\)"),
+        ({"prompt_embeds": torch.full((1, 77, 32), torch.inf)}, "prompt_embeds hold NaN or inf"),
+        ({"prompt_embeds": torch.zeros(1, 9, 32)}, "prompts are 77 and 9 tokens long, expected the same length"),
+        ({"prompt_embeds": torch.zeros(2, 77, 32), "seeds": [1, 2, 3]}, "prompts has 2 entries for a batch of 3"),
+    ],
+)
+def test_embeddings_that_do_not_fit_are_refused(
+    pipeline: minireuse.Pipeline, texts: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline.generate(steps=2, **texts)
 
 
 def test_images_are_the_decoded_latents(pipeline: minireuse.Pipeline, model_folder: Path) -> None:

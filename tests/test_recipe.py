@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file, save_file
 
 import minireuse
 from minireuse.compilation import CompiledUNet
@@ -21,6 +24,7 @@ from minireuse.samplers import SAMPLERS
 from minireuse.unet import UNet
 
 import faults
+from conftest import edit_json
 
 Run = Callable[..., tuple[int, str]]
 
@@ -94,6 +98,11 @@ def rewritten(change: Callable[[dict[str, str]], object], to: str = "b.png") -> 
     ("change", "message"),
     [
         ({"fingerprint": "0" * 12}, "was made by another model than"),
+        ({"digests": '{"VAE": "0"}'}, "was made by another model than"),
+        ({"digests": '{"VAE": 0}'}, "text 'digests' is"),
+        ({"digests": "[]"}, "text 'digests' is '[]'"),
+        ({"tokens": "0"}, "(another tokenizer); name the tokenizer with --tokenizer"),
+        ({"parameters": "words"}, ""),  # for other people's tools
         ({"seed": "elephant"}, ""),  # readable, but what counts stands in the batch
         ({"batch": '{"place": 0, "jobs": [["a lake", -1]]}'}, "text 'batch' is"),
         ({"batch": '{"place": 1, "jobs": [["a lake", 1]]}'}, "place 1 of 1 images"),
@@ -123,6 +132,141 @@ def test_other_texts_are_refused_or_do_not_matter(run: Run, change: dict[str, st
     assert message in said
     assert said.count("\n") == bool(message)
     assert Path("c.png").exists() is not bool(message)
+
+
+def changed(folder: Path, part: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """The weights of a part, changed in place."""
+    path = next((folder / part).glob("*.safetensors"))
+    tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    change(tensors)
+    path.unlink()
+    save_file(tensors, path)
+
+
+def other_decoder(folder: Path) -> None:
+    changed(folder, "vae", lambda tensors: tensors["decoder.conv_out.bias"].add_(0.1))
+
+
+def other_text_encoder(folder: Path) -> None:
+    changed(folder, "text_encoder", lambda tensors: next(iter(tensors.values())).mul_(1.01))
+
+
+def other_unet(folder: Path) -> None:
+    changed(folder, "unet", lambda tensors: tensors["conv_out.bias"].add_(0.1))
+
+
+def other_tokenizer(folder: Path) -> None:
+    """Of the same size, with two tokens that the prompt has exchanged, in whichever files this version wrote."""
+    for path in (folder / "tokenizer").glob("*.json"):
+        first, second, between = '"red</w>":', '"circle</w>":', '"?":'
+        text = path.read_text().replace(first, between).replace(second, first)
+        path.write_text(text.replace(between, second))
+
+
+def setting(part: str, **changes: object) -> Callable[[Path], None]:
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    return lambda folder: edit_json(folder / part / name, **changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (other_decoder, "VAE"),
+        (other_text_encoder, "text encoder"),
+        (other_unet, "U-Net"),
+        (other_tokenizer, "tokenizer"),
+        (setting("vae", scaling_factor=0.4), "VAE"),
+        (setting("unet", attention_head_dim=[4, 4, 4]), "U-Net"),
+        (setting("text_encoder", num_attention_heads=4), "text encoder"),
+        (setting("text_encoder", hidden_act="gelu"), "text encoder"),
+        (setting("scheduler", beta_end=0.013), "schedule"),
+        (setting("scheduler", set_alpha_to_one=True), "schedule"),
+        (setting("scheduler", steps_offset=0), "schedule"),
+        (setting("scheduler", rescale_betas_zero_snr=True), "schedule"),
+    ],
+)
+def test_another_model_is_refused_whatever_part_is_another(
+    run: Run, model_folder: Path, change: Callable[[Path], None], part: str
+) -> None:
+    folder = shutil.copytree(model_folder, Path("model"))
+    made = ["--model", "model", "--prompt", "a red house", "--steps", "2"]
+    assert run(*made, "--out", "a.png") == (0, "")
+    change(folder)
+    assert run(*made, "--out", "other.png")[0] == 0
+    assert not np.array_equal(pixels("other.png"), pixels("a.png")), "the change must matter"
+    status, said = run("--from-png", "a.png", "--out", "b.png")
+    assert (status, said.count("\n")) == (2, 1), said
+    assert f"a.png was made by another model than model (another {part}); name th" in said
+    assert not Path("b.png").exists()
+
+
+def test_what_changes_no_picture_is_no_other_model(run: Run, model_folder: Path) -> None:
+    folder = shutil.copytree(model_folder, Path("model"))
+    assert run("--model", "model", "--prompt", "a lake", "--steps", "2", "--out", "a.png") == (0, "")
+    edit_json(folder / "unet" / "config.json", sample_size=16)
+    edit_json(folder / "vae" / "config.json", force_upcast=False)
+    assert run("--from-png", "a.png", "--out", "b.png") == (0, "")
+    assert np.array_equal(pixels("b.png"), pixels("a.png"))
+
+
+def test_a_tokenizer_that_was_given_has_to_be_given_again(run: Run, model_folder: Path) -> None:
+    folder = shutil.copytree(model_folder, Path("model"))
+    other_tokenizer(folder)
+    made = ["--prompt", "a red house", "--steps", "2", "--tokenizer", "model/tokenizer"]
+    assert run(*made, "--out", "a.png") == (0, "")
+    status, said = run("--from-png", "a.png", "--out", "b.png")
+    assert (status, "(another tokenizer); name the tokenizer with --tokenizer" in said) == (2, True)
+    assert run("--from-png", "a.png", "--tokenizer", "model/tokenizer", "--out", "b.png") == (0, "")
+    assert np.array_equal(pixels("b.png"), pixels("a.png"))
+
+
+def test_a_picture_of_version_0_1_is_painted_with_a_note(run: Run) -> None:
+    assert run("--prompt", "a lake", "--out", "a.png", "--steps", "2")[0] == 0
+    newer = ("digests", "tokens", "spacing", "guidance_rescale", "parameters")
+    rewritten(lambda chunks: [chunks.pop(name) for name in newer])
+    status, said = run("--from-png", "b.png", "--out", "c.png")
+    assert status == 0
+    assert said == (
+        "note: b.png is of version 0.1, which knows another model by its U-Net alone; "
+        "where another part has changed, so have the pixels\n"
+    )
+    assert np.array_equal(pixels("c.png"), pixels("a.png"))
+
+
+def infotext(text: str) -> tuple[str, str, dict[str, str]]:
+    """Prompt, negative prompt and settings, as AUTOMATIC1111's `parse_generation_parameters` finds them."""
+    *lines, last = text.strip().split("\n")
+    found = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
+    assert len(found) >= 3, "otherwise the last line counts as prompt"
+    begins = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
+    negative = "\n".join(lines[begins:]).removeprefix("Negative prompt:").strip()
+    values = {name: json.loads(value) if value.startswith('"') else value for name, value in found}
+    return "\n".join(lines[:begins]), negative, values
+
+
+def test_tools_of_automatic1111_find_prompt_and_settings(run: Run, model_folder: Path) -> None:
+    shutil.copytree(model_folder, "my, model: two.safetensors")
+    made = ["--prompt", "a red house,\nand Steps: many", "--negative-prompt", "blue, ★", "--seed", "7", "--steps", "3"]
+    made += ["--sampler", "dpmpp_2m", "--spacing", "karras", "--guidance-scale", "4.5"]
+    assert run("--model", "my, model: two.safetensors", *made, "--out", "a.png") == (0, "")
+    with Image.open("a.png") as image:
+        prompt, negative, settings = infotext(image.info["parameters"])
+    assert (prompt, negative) == ("a red house,\nand Steps: many", "blue, ★")
+    assert settings.pop("Version").startswith("minireuse")
+    assert settings == {
+        "Steps": "3",
+        "Sampler": "DPM++ 2M",
+        "Schedule type": "Karras",
+        "CFG scale": "4.5",
+        "Seed": "7",
+        "Size": "16x16",
+        "Model": "my, model: two",
+    }
+
+
+def test_a_prompt_in_latin_letters_is_where_older_tools_look(run: Run) -> None:
+    assert run("--prompt", "a réd circle", "--steps", "2", "--out", "a.png") == (0, "")
+    assert b"tEXtparameters\0a r\xe9d circle\nSteps: 2, Sampler: DDIM, " in Path("a.png").read_bytes()
 
 
 def test_an_image_to_begin_with_may_have_moved(run: Run) -> None:

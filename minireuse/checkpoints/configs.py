@@ -7,6 +7,9 @@ all that varies between Stable Diffusion's blocks is whether they hold attention
 
 from __future__ import annotations
 
+import itertools
+import operator
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,13 +17,31 @@ from minireuse.checkpoints.fields import Reader
 from minireuse.config import GUIDANCE_SCALE, UNetConfig, VAEConfig
 from minireuse.schedule import BETA_SCHEDULES, PREDICTION_TYPES, SPACINGS, ScheduleConfig
 
+# Keys of a U-Net that say nothing of Stable Diffusion's network.
+UNUSED = {
+    # Without addition_embed_type and class_embed_type, which are refused, these say nothing.
+    "addition_embed_type_num_heads",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
+    # A numerical detail of diffusers' own attention: in half precision it takes the scores, too, in float32.
+    "upcast_attention",
+    # How an average over training was taken (diffusers `training_utils.py`, `EMAModel.save_pretrained`).
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+}
+
 
 def read_unet_config(raw: Mapping[str, Any], source: str = "unet/config.json") -> UNetConfig:
     """Read diffusers' `UNet2DConditionModel` configuration.
 
     Raises: ConfigError where the file describes a U-Net other than Stable Diffusion 1.x / 2.x.
     """
-    reader = Reader(raw, source)
+    reader = Reader(raw, source, optional=("num_attention_heads", "sample_size"))
     widths = reader.ints("block_out_channels", (320, 640, 1280, 1280))
     levels = len(widths)
     down = reader.strings("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), levels)
@@ -29,7 +50,7 @@ def read_unet_config(raw: Mapping[str, Any], source: str = "unet/config.json") -
     reader.require(set(down) <= {"CrossAttnDownBlock2D", "DownBlock2D"}, "down_block_types", "SD's block types")
     expected_up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention))
     reader.require(up == expected_up, "up_block_types", f"the mirror image of down_block_types, {expected_up}")
-    head_key = "num_attention_heads" if raw.get("num_attention_heads") is not None else "attention_head_dim"
+    head_key = "num_attention_heads" if "num_attention_heads" in reader.raw else "attention_head_dim"
     heads = reader.ints(head_key, (8,) * levels, levels)
     for width, head in zip(widths, heads, strict=True):
         reader.require(width % head == 0, head_key, f"divisors of block_out_channels {widths}")
@@ -65,12 +86,8 @@ def read_unet_config(raw: Mapping[str, Any], source: str = "unet/config.json") -
         "dropout": 0.0,
         "attention_type": "default",
         "resnet_out_scale_factor": 1.0,
-        # Without addition_embed_type, which is refused, the first says nothing. The second is a numerical
-        # detail of diffusers' own attention: in half precision it takes the scores, too, in float32.
-        "addition_embed_type_num_heads": raw.get("addition_embed_type_num_heads"),
-        "upcast_attention": raw.get("upcast_attention"),
     }
-    reader.finish(fixed)
+    reader.finish(fixed, UNUSED)
     return config
 
 
@@ -95,7 +112,7 @@ def write_unet_config(config: UNetConfig) -> dict[str, Any]:
 
 def read_vae_config(raw: Mapping[str, Any], source: str = "vae/config.json") -> VAEConfig:
     """Read diffusers' `AutoencoderKL` configuration. Raises: ConfigError."""
-    reader = Reader(raw, source)
+    reader = Reader(raw, source, optional=("sample_size",))
     widths = reader.ints("block_out_channels", (128, 256, 512, 512))
     levels = len(widths)
     down = reader.strings("down_block_types", ("DownEncoderBlock2D",) * levels, levels)
@@ -121,10 +138,8 @@ def read_vae_config(raw: Mapping[str, Any], source: str = "vae/config.json") -> 
         "use_post_quant_conv": True,
         "mid_block_add_attention": True,
         "out_channels": config.in_channels,
-        # How diffusers' own VAE is run, not what it computes.
-        "force_upcast": raw.get("force_upcast"),
     }
-    reader.finish(neutral)
+    reader.finish(neutral, {"force_upcast"})  # how diffusers' own VAE is run, not what it computes
     return config
 
 
@@ -147,29 +162,94 @@ def write_vae_config(config: VAEConfig) -> dict[str, Any]:
     }
 
 
+# What the scheduler classes of diffusers take where a file says nothing: those that stem from a table of betas.
+_LINEAR = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "timestep_spacing": "linspace"}
+_LINEAR |= {"set_alpha_to_one": True, "clip_sample": False}
+_LEADING = _LINEAR | {"timestep_spacing": "leading", "clip_sample": True}
+_NARROW = _LINEAR | {"beta_start": 0.00085, "beta_end": 0.012}
+_DISTILLED = _NARROW | {"beta_schedule": "scaled_linear", "timestep_spacing": "leading"}
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "DDIMScheduler": _LEADING,
+    "DDIMParallelScheduler": _LEADING,
+    "DDPMScheduler": _LEADING,
+    "DDPMParallelScheduler": _LEADING,
+    "PNDMScheduler": _LEADING | {"set_alpha_to_one": False, "clip_sample": False},
+    "LCMScheduler": _DISTILLED,
+    "TCDScheduler": _DISTILLED,
+    "HeunDiscreteScheduler": _NARROW,
+    "KDPM2DiscreteScheduler": _NARROW,
+    "KDPM2AncestralDiscreteScheduler": _NARROW,
+    "DPMSolverSDEScheduler": _NARROW,
+    "LMSDiscreteScheduler": _LINEAR,
+    "EulerDiscreteScheduler": _LINEAR,
+    "EulerAncestralDiscreteScheduler": _LINEAR,
+    "DPMSolverSinglestepScheduler": _LINEAR,
+    "DPMSolverMultistepScheduler": _LINEAR,
+    "DEISMultistepScheduler": _LINEAR,
+    "UniPCMultistepScheduler": _LINEAR,
+    "SASolverScheduler": _LINEAR,
+}
+
+# Settings of diffusers' solvers that choose the timesteps as a spacing of this package does.
+_SPACED = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_lu_lambdas": "exponential"}
+# Those that change the picture, and that no sampler of this package has.
+_UNKNOWN = ("clip_sample", "thresholding", "use_beta_sigmas", "sigma_min", "sigma_max")
+
+
 def read_schedule_config(raw: Mapping[str, Any], source: str = "scheduler/scheduler_config.json") -> ScheduleConfig:
-    """Read any of diffusers' scheduler configurations that stem from a betas table. Raises: ConfigError."""
-    reader = Reader(raw, source)
+    """Read any of diffusers' scheduler configurations that stem from a betas table, with the defaults of its class.
+
+    Warns of settings that this package does not follow. Raises: ConfigError.
+    """
+    reader = Reader(raw, source, optional=("trained_betas", *_UNKNOWN))
+    name = raw.get("_class_name")
+    reader.require(isinstance(name, str) and name in SCHEDULERS, "_class_name", f"one of {', '.join(SCHEDULERS)}")
+    default = SCHEDULERS[str(name)]
+    spacings = [spacing for key, spacing in _SPACED.items() if reader.boolean(key, False)]
+    spacing = reader.choice("timestep_spacing", default["timestep_spacing"], SPACINGS)
+    # diffusers' samplers of the other kind end here in another way: at the last entry of the table.
+    ends_at_one = default["set_alpha_to_one"] and raw.get("final_sigmas_type") != "sigma_min"
     config = ScheduleConfig(
         train_timesteps=reader.integer("num_train_timesteps", 1000, most=100_000),
-        beta_start=reader.number("beta_start", 0.0001),
-        beta_end=reader.number("beta_end", 0.02),
-        beta_schedule=reader.choice("beta_schedule", "linear", BETA_SCHEDULES),
+        beta_start=reader.number("beta_start", default["beta_start"]),
+        beta_end=reader.number("beta_end", default["beta_end"]),
+        beta_schedule=reader.choice("beta_schedule", default["beta_schedule"], BETA_SCHEDULES),
         prediction_type=reader.choice("prediction_type", "epsilon", PREDICTION_TYPES),
-        spacing=reader.choice("timestep_spacing", "leading", SPACINGS),
+        spacing=(*spacings, spacing)[0],
         offset=reader.integer("steps_offset", 0, least=0),
-        last_alpha_one=reader.boolean("set_alpha_to_one", True),
+        last_alpha_one=reader.boolean("set_alpha_to_one", ends_at_one),
         zero_snr=reader.boolean("rescale_betas_zero_snr", False),
+        alphas_cumprod=_trained_table(reader),
     )
     ordered = 0 < config.beta_start <= config.beta_end < 1
     reader.require(ordered, "beta_start", f"0 < beta_start <= beta_end < 1 (beta_end is {config.beta_end})")
-    reader.require(raw.get("trained_betas") is None, "trained_betas", "null")
+    discrete = raw.get("timestep_type", "discrete") == "discrete"
+    reader.require(discrete, "timestep_type", "'discrete'")  # otherwise the U-Net is given log sigma
+    reader.require(not reader.boolean("use_flow_sigmas", False), "use_flow_sigmas", "false")
+    asked = [key for key in _UNKNOWN if reader.raw.get(key, default.get(key)) not in (None, False)]
+    if asked:
+        told = f"{source}: this package does not follow {', '.join(asked)} (of {name})"
+        warnings.warn(f"{told}; pictures differ from those of diffusers where that matters", stacklevel=2)
     return config  # what remains are settings of diffusers' solvers, which do not describe the model
+
+
+def _trained_table(reader: Reader) -> tuple[float, ...] | None:
+    """Alpha-bar of `trained_betas`, which stand in the place of a formula. Raises: ConfigError."""
+    betas = reader.raw.get("trained_betas")
+    if betas is None:
+        return None
+    expected = f"num_train_timesteps = {reader.integer('num_train_timesteps', 1000)} numbers between 0 and 1"
+    numbers = isinstance(betas, list) and len(betas) == reader.integer("num_train_timesteps", 1000)
+    numbers = numbers and all(isinstance(b, (int, float)) and not isinstance(b, bool) and 0 < b <= 1 for b in betas)
+    reader.require(numbers, "trained_betas", expected)
+    table = tuple(itertools.accumulate((1 - b for b in betas), operator.mul))
+    reader.require(all(a > b for a, b in itertools.pairwise((1.0, *table))), "trained_betas", expected)
+    return table
 
 
 def write_schedule_config(config: ScheduleConfig) -> dict[str, Any]:
     """The JSON that diffusers' `DDIMScheduler` reads."""
-    return {
+    written = {
         "_class_name": "DDIMScheduler",
         "beta_end": config.beta_end,
         "beta_schedule": config.beta_schedule,
@@ -180,22 +260,29 @@ def write_schedule_config(config: ScheduleConfig) -> dict[str, Any]:
         "set_alpha_to_one": config.last_alpha_one,
         "steps_offset": config.offset,
         "timestep_spacing": config.spacing,
-    } | ({"rescale_betas_zero_snr": True} if config.zero_snr else {})
+    }
+    if config.zero_snr:
+        written["rescale_betas_zero_snr"] = True
+    if config.alphas_cumprod is not None:
+        written["trained_betas"] = [1 - b / a for a, b in itertools.pairwise((1.0, *config.alphas_cumprod))]
+    return written
 
 
 def guidance_scale(raw: Mapping[str, Any], source: str = "model_index.json") -> float:
     """The guidance scale a model is best sampled at, where its pipeline's JSON tells one (`_guidance_scale`, a key of
     this project that diffusers skips). Raises: ConfigError.
     """
-    return Reader(raw, source).number("_guidance_scale", GUIDANCE_SCALE)
+    return Reader(raw, source, optional=("_guidance_scale",)).number("_guidance_scale", GUIDANCE_SCALE)
 
 
 def text_settings(raw: Mapping[str, Any], source: str = "text_encoder/config.json") -> dict[str, Any]:
     """What transformers' `CLIPTextConfig` is to be given of a `CLIPTextModel`'s JSON. Raises: ConfigError.
 
-    What else stands there says how the model was saved or trained.
+    What else stands there says how the model was saved or trained. Of a whole CLIP, the half that reads text is meant.
     """
-    reader = Reader(raw, source)
+    if raw.get("model_type") == "clip" and isinstance(raw.get("text_config"), Mapping):
+        raw = raw["text_config"]
+    reader = Reader(raw, source, optional=("bos_token_id", "eos_token_id", "pad_token_id", "projection_dim"))
     reader.choice("model_type", "clip_text_model", ("clip_text_model",))
     settings: dict[str, Any] = {
         "hidden_size": reader.integer("hidden_size", 512),

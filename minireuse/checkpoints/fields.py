@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from minireuse.files import shown
@@ -12,29 +12,39 @@ class ConfigError(ValueError):
     """A configuration this package cannot build: the message says which key, what was expected, and what to do."""
 
 
-class Reader:
-    """Typed look-ups in one JSON object, remembering which keys were used."""
+def repeated(value: Any) -> Any:
+    """The one value that a list gives for every level of a network; anything else as it is."""
+    if not isinstance(value, list) or not value or isinstance(value[0], (list, dict)):
+        return value
+    return value[0] if all(type(v) is type(value[0]) and v == value[0] for v in value) else value
 
-    def __init__(self, raw: Mapping[str, Any], source: str) -> None:
+
+class Reader:
+    """Typed look-ups in one JSON object, remembering which keys were used.
+
+    optional: keys in which null means the same as no key. Any other null is a value, as it is to diffusers.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], source: str, optional: Collection[str] = ()) -> None:
         if not isinstance(raw, Mapping):
             raise ConfigError(f"{source} holds {type(raw).__name__}, expected a JSON object")
-        self.raw, self.source, self.used = raw, source, set[str]()
+        self.raw = {key: value for key, value in raw.items() if value is not None or key not in optional}
+        self.source, self.used = source, set[str]()
 
     def _get(self, key: str, default: Any) -> Any:
         self.used.add(key)
-        value = self.raw.get(key)
-        return default if value is None else value
+        return self.raw.get(key, default)
 
     def require(self, condition: bool, key: str, expected: str) -> None:
         if not condition:
             got = self.raw.get(key)
             raise ConfigError(
-                f"{self.source}: {key[:80]} is {shown(got)}, expected {expected}; "
+                f"{self.source}: {key[:80]} is {'null' if got is None else shown(got)}, expected {expected}; "
                 "only Stable Diffusion 1.x and 2.x text-to-image models are supported"
             )
 
     def integer(self, key: str, default: int, least: int = 1, most: int = 65536) -> int:
-        value = self._get(key, default)
+        value = repeated(self._get(key, default))
         valid = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
         self.require(valid, key, f"a whole number from {least} to {most}")
         return int(value)
@@ -47,7 +57,7 @@ class Reader:
 
     def boolean(self, key: str, default: bool) -> bool:
         value = self._get(key, default)
-        self.require(isinstance(value, bool), key, "true or false")
+        self.require(value is None or isinstance(value, bool), key, "true or false")
         return bool(value)
 
     def choice(self, key: str, default: str, allowed: tuple[str, ...]) -> str:
@@ -73,12 +83,17 @@ class Reader:
         self.require(isinstance(value, (list, tuple)) and len(value) == length, key, f"{length} names, one per level")
         return tuple(str(v) for v in value)
 
-    def finish(self, fixed: Mapping[str, Any]) -> None:
-        """Refuse what would change the network: keys with another value than the only one built here."""
+    def finish(self, fixed: Mapping[str, Any], unused: Collection[str]) -> None:
+        """Refuse what would change the network.
+
+        fixed: the only value built here, for keys that may have others. unused: keys that change nothing.
+        """
         for key, value in self.raw.items():
-            if key in self.used or key.startswith("_") or value is None:
+            if key in self.used or key in unused or key.startswith("_"):
                 continue
+            one = repeated(value)
             if key in fixed:
-                self.require(value == fixed[key], key, repr(fixed[key]))
+                off = one is None and fixed[key] is False
+                self.require(off or one == fixed[key], key, repr(fixed[key]))
             else:  # a switch of a newer diffusers, harmless as long as it is off
-                self.require(value is False, key, "no such key, or null")
+                self.require(one is None or one is False, key, "no such key, or null")

@@ -1,4 +1,8 @@
-"""The names of the original (latent-diffusion) checkpoint layout, translated to diffusers' names used here.
+"""The names that files give to tensors, translated to those used here: diffusers' and transformers' newest.
+
+A single file in the original (latent-diffusion) layout holds every part under a prefix of its own. Within a part a
+tensor may have the original name, OpenCLIP's, or an older or newer one of diffusers or transformers, whatever the file:
+tools that convert, merge and train write them in every mixture.
 
 Source: CompVis/stable-diffusion `ldm/modules/diffusionmodules/openaimodel.py` and `model.py`, mlfoundations/open_clip
 `src/open_clip/transformer.py`; diffusers `scripts/convert_original_stable_diffusion_to_diffusers.py`.
@@ -11,10 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
-Target = tuple[str, tuple[int, int] | None]  # a name here; of a fused tensor, which of how many equal parts
+from minireuse.checkpoints.tensors import Target
 
 CONTEXT_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+FIRST_KEY, LAST_KEY = "model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.out.2.weight"
 PREDICTION_KEY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+SCHEDULE_KEY, SIGMAS_KEY = "alphas_cumprod", "denoiser.sigmas"  # sigmas: sqrt((1 - alpha-bar) / alpha-bar)
 
 _CLIP: dict[str, Any] = {
     "vocab_size": 49408,
@@ -39,20 +45,29 @@ SD2_TEXT = _CLIP | {
     "projection_dim": 1024,
 }
 
-# Training state and what generation never uses: EMA copies of the U-Net, schedule tables, the loss, OpenCLIP's head.
+# Where the parts of a single file lie. SD 2.1 Turbo has its text encoder where SDXL has its first.
+PARTS = {
+    "model.diffusion_model.": "unet",
+    "first_stage_model.": "vae",
+    "cond_stage_model.transformer.": "text",
+    "cond_stage_model.model.": "text",
+    "conditioner.embedders.0.transformer.": "text",
+    "conditioner.embedders.0.model.": "text",
+}
+
+# Training state, and what generation never uses: EMA copies, schedule tables, the loss, the last of 24 layers.
 _IGNORED = re.compile(
-    r"model_ema\..*|cond_stage_model\.logit_scale|.*\.position_ids|.*\.attn_mask|loss\..*"
-    r"|betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?"
+    r"(.*\.)?(model_ema|loss|embedding_manager)\..*|global_step|epoch|cond_stage_model\.logit_scale"
+    r"|betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|denoiser\.sigmas"
     r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|logvar|scale_factor"
+    r"|.*\.(resblocks|encoder\.layers)\.23\..*"
 )
-_IGNORED_SD2 = re.compile(
-    r"cond_stage_model\.model\.(transformer\.resblocks\.23\..*|text_projection|logit_scale|attn_mask)"
+# Of CLIP: heads and masks, a buffer that some versions of transformers saved, and the half that sees pictures.
+_UNREAD_TEXT = re.compile(
+    r"(.*\.)?position_ids|text_projection(\.weight)?|logit_scale|attn_mask|(vision_model|visual|visual_projection)\..*"
 )
-
-
-def ignored(key: str, second: bool) -> bool:
-    """Whether a key of a published file may be left unread."""
-    return bool(_IGNORED.fullmatch(key) or (second and _IGNORED_SD2.fullmatch(key)))
+# What torch.compile, DistributedDataParallel and FSDP put before the names of a module that they wrap.
+_WRAPPER = re.compile(r"^module\.|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def predicts_v(bias: Tensor) -> bool:
@@ -63,20 +78,30 @@ def predicts_v(bias: Tensor) -> bool:
     return bias.float().std(unbiased=False).item() > 0.09
 
 
-def translate(key: str, second: bool) -> tuple[str, list[Target]]:
-    """Part (unet, vae or text) and the names here of one key; no names where the key is none of these models'."""
-    if key.startswith("model.diffusion_model."):
-        name = _unet(key.removeprefix("model.diffusion_model."))
-        return "unet", [(name, None)] if name else []
-    if key.startswith("first_stage_model."):
-        name = _vae(key.removeprefix("first_stage_model."))
-        return "vae", [(name, None)] if name else []
-    if second and key.startswith("cond_stage_model.model.") and not ignored(key, second):
-        return "text", _open_clip(key.removeprefix("cond_stage_model.model."))
-    prefix = "cond_stage_model.transformer."
-    if not second and key.startswith(prefix) and not ignored(key, second):
-        return "text", [(key.removeprefix(prefix), None)]
-    return "text", []
+def ignored(key: str) -> bool:
+    """Whether a key of a single file may be left unread."""
+    return bool(_IGNORED.fullmatch(_WRAPPER.sub("", key)))
+
+
+def split(key: str) -> tuple[str, str]:
+    """The part that a key of a single file belongs to (unet, vae, text, or "" for none), and its name there."""
+    key = _WRAPPER.sub("", key)
+    prefix = next((prefix for prefix in PARTS if key.startswith(prefix)), None)
+    return ("", key) if prefix is None else (PARTS[prefix], key.removeprefix(prefix))
+
+
+def names(part: str, key: str) -> list[Target]:
+    """The names here of one key within a part; none for what is not needed. A name that is known nowhere stays."""
+    key = _WRAPPER.sub("", key)
+    if part == "text":
+        return _text(key)
+    return [(_unet(key) if part == "unet" else _vae(key), None)]
+
+
+def translate(key: str) -> tuple[str, list[Target]]:
+    """The part of one key of a single file, and its names here; its own name where it belongs to no part."""
+    part, name = split(key)
+    return part, names(part, name) if part else [(name, None)]
 
 
 _RESNET = {
@@ -97,7 +122,7 @@ _UNET_ENDS = {
 _LAYERS = 2  # residual blocks per level of SD's down path; each level of the up path has one more
 
 
-def _unet(key: str) -> str | None:
+def _unet(key: str) -> str:
     """The down path is numbered flat (a level's layers, then its downsampler), and so is the up path."""
     stem, _, leaf = key.rpartition(".")
     if stem in _UNET_ENDS:
@@ -108,7 +133,7 @@ def _unet(key: str) -> str | None:
             level, layer = divmod(number - 1, _LAYERS + 1)
             block, sampler, last = f"down_blocks.{level}", "downsamplers.0.conv", layer == _LAYERS
             if last:
-                return f"{block}.{sampler}.{rest.removeprefix('op.')}" if rest.startswith("op.") else None
+                return f"{block}.{sampler}.{rest.removeprefix('op.')}" if rest.startswith("op.") else key
         else:
             level, layer = divmod(number, _LAYERS + 1)
             block, sampler = f"up_blocks.{level}", "upsamplers.0.conv"
@@ -118,27 +143,27 @@ def _unet(key: str) -> str | None:
     if match := re.fullmatch(r"middle_block\.([012])\.(.+)", key):
         place = int(match[1])
         return _layer(f"mid_block.resnets.{place // 2}", "mid_block.attentions.0", place != 1, match[2])
-    return None
+    return key
 
 
-def _layer(resnet: str, attention: str, is_resnet: bool, rest: str) -> str | None:
+def _layer(resnet: str, attention: str, is_resnet: bool, rest: str) -> str:
     if not is_resnet:
         return f"{attention}.{rest}"  # the inside of a transformer is named alike in both layouts
     stem, _, leaf = rest.rpartition(".")
-    return f"{resnet}.{_RESNET[stem]}.{leaf}" if stem in _RESNET else None
+    return f"{resnet}.{_RESNET.get(stem, stem)}.{leaf}"
 
 
+# The original names, and those of diffusers before 0.17.
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_VAE_ATTENTION |= {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def _vae(key: str) -> str | None:
+def _vae(key: str) -> str:
     key = key.replace("nin_shortcut", "conv_shortcut")
-    if match := re.fullmatch(r"(encoder|decoder)\.mid\.(block_1|attn_1|block_2)\.(.+)", key):
-        side, what, rest = match[1], match[2], match[3]
-        if what == "attn_1":
-            stem, _, leaf = rest.rpartition(".")
-            return f"{side}.mid_block.attentions.0.{_VAE_ATTENTION[stem]}.{leaf}" if stem in _VAE_ATTENTION else None
-        return f"{side}.mid_block.resnets.{int(what[-1]) - 1}.{rest}"
+    if match := re.fullmatch(r"(encoder|decoder)\.mid(?:\.attn_1|_block\.attentions\.0)\.(.+)\.(weight|bias)", key):
+        return f"{match[1]}.mid_block.attentions.0.{_VAE_ATTENTION.get(match[2], match[2])}.{match[3]}"
+    if match := re.fullmatch(r"(encoder|decoder)\.mid\.block_([12])\.(.+)", key):
+        return f"{match[1]}.mid_block.resnets.{int(match[2]) - 1}.{match[3]}"
     if match := re.fullmatch(r"encoder\.down\.(\d)\.(?:block\.(\d)|(downsample))\.(.+)", key):
         block = f"encoder.down_blocks.{match[1]}"
         return f"{block}.downsamplers.0.{match[4]}" if match[3] else f"{block}.resnets.{match[2]}.{match[4]}"
@@ -147,7 +172,7 @@ def _vae(key: str) -> str | None:
         return f"{block}.upsamplers.0.{match[4]}" if match[3] else f"{block}.resnets.{match[2]}.{match[4]}"
     if match := re.fullmatch(r"(encoder|decoder)\.norm_out\.(.+)", key):
         return f"{match[1]}.conv_norm_out.{match[2]}"
-    return key if re.fullmatch(r"((encoder|decoder)\.conv_(in|out)|(post_)?quant_conv)\.(weight|bias)", key) else None
+    return key
 
 
 _OPEN_CLIP = {
@@ -165,7 +190,10 @@ _OPEN_CLIP_LAYER = {
 }
 
 
-def _open_clip(key: str) -> list[Target]:
+def _text(key: str) -> list[Target]:
+    key = key.removeprefix("text_model.")
+    if _UNREAD_TEXT.fullmatch(key):
+        return []
     if key in _OPEN_CLIP:
         return [(_OPEN_CLIP[key], None)]
     if match := re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", key):
@@ -174,4 +202,4 @@ def _open_clip(key: str) -> list[Target]:
     match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)", key)
     if match and match[2] in _OPEN_CLIP_LAYER:
         return [(f"encoder.layers.{match[1]}.{_OPEN_CLIP_LAYER[match[2]]}.{match[3]}", None)]
-    return []
+    return [(key, None)]

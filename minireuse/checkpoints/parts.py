@@ -7,11 +7,14 @@ is an error that names it.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import CLIPTextConfig
 
 from minireuse.checkpoints import ldm
@@ -35,7 +38,7 @@ from minireuse.checkpoints.tensors import (
 from minireuse.checkpoints.tokenizer import read_tokenizer
 from minireuse.config import GUIDANCE_SCALE, SD1_UNET, SD2_UNET, SD_VAE, UNetConfig, VAEConfig
 from minireuse.files import shown
-from minireuse.schedule import SD_SCHEDULE, ScheduleConfig
+from minireuse.schedule import SD_SCHEDULE, Schedule, ScheduleConfig
 from minireuse.text import TextEncoder
 from minireuse.unet import UNet
 from minireuse.vae import VAE
@@ -108,12 +111,7 @@ def _describe_folder(folder: Path) -> Description:
     schedule = read_schedule_config(read_json(folder / "scheduler" / "scheduler_config.json"))
     text = folder / "text_encoder" / "config.json"
     text_config = CLIPTextConfig(**text_settings(read_json(text), str(text)))
-    latents = (unet.in_channels, unet.out_channels, vae.latent_channels)
-    if len(set(latents)) > 1:
-        raise CheckpointError(
-            f"{folder}: the U-Net reads {latents[0]} channels and writes {latents[1]}, the VAE's latents have "
-            f"{latents[2]}; they must agree: inpainting, upscaling and depth models are not supported"
-        )
+    _check_channels(folder, unet, vae)
     if text_config.hidden_size != unet.cross_attention_dim:
         raise CheckpointError(
             f"{folder}: the text encoder is {text_config.hidden_size} wide, the U-Net's cross attention "
@@ -124,14 +122,25 @@ def _describe_folder(folder: Path) -> Description:
     return Description(unet, vae, schedule, text_config, scale)
 
 
+def _check_channels(path: Path, unet: UNetConfig, vae: VAEConfig) -> None:
+    """Raises: CheckpointError for models that are given more than text and noise."""
+    latents = (unet.in_channels, unet.out_channels, vae.latent_channels)
+    if len(set(latents)) > 1:
+        raise CheckpointError(
+            f"{path}: the U-Net reads {latents[0]} channels and writes {latents[1]}, the VAE's latents have "
+            f"{latents[2]}; they must agree: inpainting, upscaling and depth models are not supported"
+        )
+
+
 def _fill_from_folder(parts: Parts, folder: Path, dtype: torch.dtype, tokenizer: str | Path | None) -> None:
     text = parts.text
     text.tokenizer, text.padding = read_tokenizer(tokenizer or folder / "tokenizer", text.model.config.vocab_size)
-    fill(parts.unet, _tensors(folder / "unet", "diffusion_pytorch_model").items(), folder / "unet", dtype)
-    vae_tensors = _tensors(folder / "vae", "diffusion_pytorch_model").items()
-    fill(parts.vae, vae_tensors, folder / "vae", dtype, name=_modern_vae_name)
-    text_tensors = _tensors(folder / "text_encoder", "model").items()
-    fill(text.model, text_tensors, folder / "text_encoder", dtype, name=_bare_text_name)
+    for part, module, name, stem in (
+        ("unet", parts.unet, "unet", "diffusion_pytorch_model"),
+        ("vae", parts.vae, "vae", "diffusion_pytorch_model"),
+        ("text", text.model, "text_encoder", "model"),
+    ):
+        fill(module, _tensors(folder / name, stem).items(), folder / name, dtype, names=partial(ldm.names, part))
 
 
 def _tensors(folder: Path, stem: str) -> dict[str, Source]:
@@ -167,23 +176,11 @@ def _open_shards(index: Path) -> dict[str, Source]:
     return found
 
 
-def _bare_text_name(key: str) -> str:
-    # Published files and transformers 4 say text_model.encoder..., transformers 5 says encoder...
-    return key.removeprefix("text_model.")
-
-
-def _modern_vae_name(key: str) -> str:
-    """Names of the VAE's attention before diffusers 0.17."""
-    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
-        key = re.sub(rf"(mid_block\.attentions\.0)\.{old}\.", rf"\1.{new}.", key)
-    return key
-
-
 # --- original single files -----------------------------------------------------------------------------------------
 
 
 def _describe_single_file(path: Path, tensors: Mapping[str, Source]) -> Description:
-    width = tensors.get(ldm.CONTEXT_KEY)
+    width = _find(tensors, ldm.CONTEXT_KEY)
     configs: dict[tuple[int, ...], UNetConfig] = {(768,): SD1_UNET, (1024,): SD2_UNET}
     if width is None or width.shape[-1:] not in configs:
         raise CheckpointError(
@@ -192,12 +189,60 @@ def _describe_single_file(path: Path, tensors: Mapping[str, Source]) -> Descript
         )
     unet = configs[width.shape[-1:]]
     second = unet is SD2_UNET
-    bias = tensors.get(ldm.PREDICTION_KEY)
+    first, last = _find(tensors, ldm.FIRST_KEY), _find(tensors, ldm.LAST_KEY)
+    if first is not None and last is not None and len(first.shape) == len(last.shape) == 4:
+        unet = replace(unet, in_channels=first.shape[1], out_channels=last.shape[0])
+    _check_channels(path, unet, SD_VAE)
+    bias = _find(tensors, ldm.PREDICTION_KEY)
     predicts_v = second and bias is not None and ldm.predicts_v(bias.read())
     if second and not predicts_v:
         unet = replace(unet, sample_size=64)  # SD 2's base models predict noise, at 512 pixels
-    schedule = replace(SD_SCHEDULE, prediction_type="v_prediction" if predicts_v else "epsilon")
+    schedule = replace(_schedule(path, tensors), prediction_type="v_prediction" if predicts_v else "epsilon")
     return Description(unet, SD_VAE, schedule, CLIPTextConfig(**(ldm.SD2_TEXT if second else ldm.SD1_TEXT)))
+
+
+def _find(tensors: Mapping[str, Source], key: str) -> Source | None:
+    """The tensor that goes where this one of the original layout goes, whatever the file calls it."""
+    place = ldm.translate(key)
+    return next((source for name, source in tensors.items() if ldm.translate(name) == place), None)
+
+
+def _schedule(path: Path, tensors: Mapping[str, Source]) -> ScheduleConfig:
+    """Stable Diffusion's schedule; or the file's own where it is another, of which a warning tells.
+
+    Raises: CheckpointError for a table that is no schedule.
+    """
+    alphas, sigmas = _find(tensors, ldm.SCHEDULE_KEY), _find(tensors, ldm.SIGMAS_KEY)
+    source = alphas or sigmas
+    if source is None:
+        return SD_SCHEDULE
+    stored, key = source.read(), source.key
+    table = stored.double() if source is alphas else 1 / (1 + stored.double() ** 2)
+    # A schedule that is known is taken as it was meant, without the rounding of the file.
+    zero, linear = replace(SD_SCHEDULE, zero_snr=True), replace(SD_SCHEDULE, beta_schedule="linear")
+    found = next((known for known in (SD_SCHEDULE, zero, linear) if _holds(stored, table, known)), None)
+    if found is None:
+        falls = table.ndim == 1 and 1 <= len(table) <= 100_000 and bool((table.diff() < 0).all())
+        if not falls or not 0 <= table[-1] <= table[0] < 1:
+            raise CheckpointError(
+                f"{path}: {key} is no noise schedule (expected alpha-bar, falling from below 1 to 0 or above); "
+                "convert the file to a diffusers folder, whose scheduler says which schedule is meant"
+            )
+        found = replace(SD_SCHEDULE, train_timesteps=len(table), alphas_cumprod=tuple(table.tolist()))
+    if found != SD_SCHEDULE:
+        ends = f"alpha-bar falls from {table[0]:.5g} to {table[-1]:.5g}"
+        warnings.warn(f"{path} has a noise schedule of its own ({key}: {ends}), which is used", stacklevel=2)
+    return found
+
+
+def _holds(stored: Tensor, table: Tensor, known: ScheduleConfig) -> bool:
+    """Whether a table is that of a known schedule, but for rounding to the coarsest precision that could hold it."""
+    formula = Schedule.from_config(known).alphas_cumprod
+    if table.shape != formula.shape or not stored.is_floating_point() or not torch.isfinite(stored).all():
+        return False
+    dtypes = (torch.bfloat16, torch.float16, stored.dtype)
+    eps = next(torch.finfo(dtype).eps for dtype in dtypes if torch.equal(stored.to(dtype).to(stored.dtype), stored))
+    return torch.allclose(table, formula, rtol=1e-4 + 4 * eps, atol=1e-6)
 
 
 def _fill_from_single_file(parts: Parts, path: Path, dtype: torch.dtype, tokenizer: str | Path | None) -> None:
@@ -205,14 +250,12 @@ def _fill_from_single_file(parts: Parts, path: Path, dtype: torch.dtype, tokeniz
     parts.text.tokenizer, _ = read_tokenizer(tokenizer, parts.text.model.config.vocab_size)
     # OpenCLIP pads with id 0, CLIP with the end token, whatever the tokenizer's own settings are.
     parts.text.padding = 0 if second else parts.text.tokenizer.eos_token_id
-    groups: dict[str, list[tuple[str, Source]]] = {"unet": [], "vae": [], "text": []}
+    groups: dict[str, list[tuple[str, Source]]] = {"": [], "unet": [], "vae": [], "text": []}
     for key, source in open_file(path).items():
-        part, found = ldm.translate(key, second)
-        groups[part] += [(name, replace(source, rows=rows)) for name, rows in found]
-        if not found and not ldm.ignored(key, second):
-            raise CheckpointError(
-                f"{path} holds {key}, which is no part of Stable Diffusion; remove it or convert the file"
-            )
-    fill(parts.unet, groups["unet"], path, dtype)
-    fill(parts.vae, groups["vae"], path, dtype)
-    fill(parts.text.model, groups["text"], path, dtype, name=_bare_text_name)
+        part, name = ldm.split(key)
+        if not ldm.ignored(key):
+            groups[part].append((name, source))
+    why = "it holds another model than Stable Diffusion 1.x or 2.x, text to image"
+    complain(f"{path} has unknown", [key for key, _ in groups[""]], why)
+    for part, module in (("unet", parts.unet), ("vae", parts.vae), ("text", parts.text.model)):
+        fill(module, groups[part], path, dtype, names=partial(ldm.names, part), why=why)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 from minireuse.files import parse_json, read_text
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-# A buffer that some versions of transformers saved.
-IGNORED = re.compile(r"(.*\.)?embeddings\.position_ids")
+Target = tuple[str, tuple[int, int] | None]  # a name here; of a fused tensor, which of how many equal parts
 
 
 class CheckpointError(ValueError):
@@ -69,28 +67,34 @@ def fill(
     sources: Iterable[tuple[str, Source]],
     where: Path,
     dtype: torch.dtype,
-    name: Callable[[str], str] = lambda key: key,
+    names: Callable[[str], list[Target]] = lambda key: [(key, None)],
+    why: str = "the config describes another model",
 ) -> None:
-    """Give every parameter of `module` its tensor. Raises: CheckpointError for missing, extra or mis-shaped ones."""
-    wanted = {name(key): (key, tensor) for key, tensor in module.state_dict().items()}
+    """Give every parameter of `module` its tensor.
+
+    names: where the tensor of a key goes, for the keys of the file and of the module; nowhere, if it is not needed.
+    why: what is likely where tensors are missing, unknown or mis-shaped.
+    Raises: CheckpointError for missing, extra or mis-shaped ones.
+    """
+    wanted = {names(key)[0][0]: (key, tensor) for key, tensor in module.state_dict().items()}
     given: dict[str, Source] = {}
     for key, source in sources:
-        if not IGNORED.fullmatch(key):
-            other = given.setdefault(name(key), source)
-            if other is not source:
-                names = f"{other.key} and {source.key}, two names of the same tensor"
-                raise CheckpointError(f"{where} holds {names}; remove one")
+        for name, rows in names(key):
+            part = replace(source, rows=rows)
+            if name in given and not _same(given[name], part):
+                both = f"{given[name].key} and {source.key}, two names of the same tensor, with different values"
+                raise CheckpointError(f"{where} holds {both}; save or convert the model again, with one of them")
+            given.setdefault(name, part)
     if len(files := {source.path for source in given.values()}) == 1:
         where = files.pop()
-    why = "the config describes another model"
     complain(f"{where} lacks", set(wanted) - set(given), f"it is incomplete, or {why}")
     complain(f"{where} has unknown", [given[key].key for key in set(given) - set(wanted)], why)
     state: dict[str, Tensor] = {}
     mis_shaped = []
     for key, (own_key, parameter) in wanted.items():
         tensor = given[key].read()
-        if tensor.ndim == 4 and parameter.ndim == 2 and tensor.shape[2:] == (1, 1):
-            tensor = tensor[:, :, 0, 0]  # a 1x1 convolution in older layouts, a linear layer here
+        if _pointwise(tensor.shape) == _pointwise(parameter.shape):
+            tensor = tensor.reshape(parameter.shape)
         if tensor.shape != parameter.shape:
             mis_shaped.append(f"{given[key].key} {tuple(tensor.shape)} instead of {tuple(parameter.shape)}")
         if not tensor.is_floating_point():
@@ -100,6 +104,16 @@ def fill(
             raise CheckpointError(f"{where}: {given[key].key} holds NaN, inf, or numbers beyond {dtype}; load another")
     complain(f"{where} has mis-shaped", mis_shaped, why)
     module.load_state_dict(state, assign=True)
+
+
+def _same(one: Source, other: Source) -> bool:
+    """Whether two tensors hold the same numbers, be they matrices or 1x1 convolutions."""
+    return torch.equal(one.read().flatten(), other.read().flatten())
+
+
+def _pointwise(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the matrix that a 1x1 convolution is; any other shape as it is."""
+    return shape[:2] if len(shape) > 2 and set(shape[2:]) == {1} else shape
 
 
 def complain(what: str, keys: Iterable[str], why: str) -> None:

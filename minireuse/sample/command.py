@@ -28,7 +28,7 @@ from minireuse.sample.maps import MapRecorder, words_of
 from minireuse.sample.memory import CacheShape, advice_on_memory, within_budget
 from minireuse.sample.options import sample_parser
 from minireuse.sample.pictures import read_init_image
-from minireuse.sample.recipe import Recipe, digest_of, to_png
+from minireuse.sample.recipe import Recipe, digest_of, to_png, tokens_of
 from minireuse.sample.settings import Settings, read_settings
 from minireuse.samplers import Step
 from minireuse.search import build, names_in, policies_for
@@ -65,9 +65,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     # A dry run reads no weights, but for phast, which has to know whose plan it looks for.
     pipeline = load_pipeline(settings, "meta" if args.dry_run and "phast" not in names_in(settings.policy) else None)
     settings = replace(settings, guidance_scale=pipeline.guidance(settings.guidance_scale))
-    if settings.recipe is not None and not args.dry_run and settings.recipe.fingerprint != pipeline.fingerprint:
-        advice = "name that model with --model"
-        raise ValueError(f"{args.from_png} was made by another model than {settings.model_name}; {advice}")
+    if settings.recipe is not None and not args.dry_run:
+        check_model(args.from_png, settings.recipe, settings.model_name, pipeline)
     init_image = strength = None
     if settings.init_image is not None:
         init_image = read_init_image(settings.init_image, settings.height, settings.width, pipeline)
@@ -92,6 +91,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     recipe = make_recipe(settings, pipeline, plan, watched="" if args.save_maps is None else settings.sites or "both")
     recipe.check_text()
+    tokens = [tokens_of(pipeline.text, batch, settings.negative_prompt) for batch in settings.batches]
     if settings.compile:
         from minireuse.compilation import CompiledUNet  # a room that is entered only where it is asked for
 
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             seconds, peak = seconds + result.seconds, max(peak, result.cache_peak_bytes)
             for place, image in enumerate(result.images):
                 if number * settings.batch_size + place in settings.wanted:
-                    png = to_png(image, replace(recipe, jobs=batch, place=place))
+                    png = to_png(image, replace(recipe, jobs=batch, place=place, tokens=tokens[number]))
                     written.append(write_whole(next_target(), png, overwrite=args.overwrite))
     return {
         "images": [str(path) for path in written],
@@ -142,6 +142,16 @@ def load_pipeline(settings: Settings, device: str | None) -> Pipeline:
         spacing=settings.spacing,
         tokenizer=settings.tokenizer,
     )
+
+
+def check_model(png: Path, recipe: Recipe, name: str, pipeline: Pipeline) -> None:
+    """Raises: ValueError where the model is not the one that a picture was made by, with the parts that differ."""
+    other = recipe.other_parts(pipeline.digests, tokens_of(pipeline.text, recipe.jobs, recipe.negative_prompt))
+    if recipe.fingerprint != pipeline.fingerprint and "U-Net" not in other:
+        other = ["U-Net", *other]
+    if other:
+        advice = "name the tokenizer with --tokenizer" if other == ["tokenizer"] else "name that model with --model"
+        raise ValueError(f"{png} was made by another model than {name} (another {', '.join(other)}); {advice}")
 
 
 def make_plan(settings: Settings, pipeline: Pipeline, calls: int) -> ReusePlan:
@@ -226,6 +236,7 @@ def make_recipe(settings: Settings, pipeline: Pipeline, plan: ReusePlan, watched
         plan=plan.to_json(),
         model=settings.model_name,
         fingerprint=pipeline.fingerprint,
+        digests=pipeline.digests,
         prediction_type=pipeline.schedule.prediction_type,
         watched=watched,
         clip_skip=settings.clip_skip,

@@ -62,9 +62,8 @@ def sample_parser() -> argparse.ArgumentParser:
     reuse.add_argument("--reuse", type=int, metavar="N", help=count_help)
     sites_help = "which attention layers reuse; default: both"
     reuse.add_argument("--sites", choices=("self", "cross", "both"), help=sites_help)
-    reuse.add_argument(
-        "--kind", choices=KINDS, help="attention maps (default, but for phast), outputs, deep features, or the prediction"
-    )
+    kind_help = "attention maps (default, but for phast), outputs, deep features, or the prediction"
+    reuse.add_argument("--kind", choices=KINDS, help=kind_help)
     reuse.add_argument("--cache-dtype", choices=CACHE_DTYPES, default="float16")
     budget_help = "the most memory the cache may take, such as 512MiB; fewer sites reuse if needed"
     reuse.add_argument("--cache-budget", metavar="SIZE", help=budget_help)

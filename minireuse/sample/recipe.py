@@ -6,8 +6,9 @@ import hashlib
 import io
 import json
 import platform
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,9 +18,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from minireuse.common.options import parse_timesteps
+from minireuse.common.options import count_of, parse_timesteps
 from minireuse.files import parse_json, shown
 from minireuse.plan import PlanError, ReusePlan, Site
+from minireuse.text import TextEncoder
 
 T = TypeVar("T")
 SHIPPED = "shipped"  # the name of the model that comes with the package
@@ -56,8 +58,14 @@ PLAIN: dict[str, Callable[[str], Any]] = {
 NEWER: dict[str, Callable[[str], Any]] = {
     "spacing": str,
     "guidance_rescale": float,
+    "tokens": str,
     "clip_skip": lambda text: int(text) if text else None,
 }
+
+# What AUTOMATIC1111/stable-diffusion-webui calls the samplers and spacings that it has, too.
+SAMPLER_NAMES = {"ddim": "DDIM", "plms": "PLMS", "euler": "Euler", "euler_a": "Euler a"}
+SAMPLER_NAMES |= {"dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE"}
+SCHEDULE_TYPES = {"karras": "Karras", "exponential": "Exponential", "ays": "Align Your Steps"}
 
 
 @dataclass(frozen=True)
@@ -66,8 +74,9 @@ class Recipe:
 
     jobs: prompts and seeds of the batch it was sampled in, of which it is number `place`; matrix products may sum in
     another order for another batch. init_image: path and digest, or empty. plan: as JSON. model: a path.
-    fingerprint: of the U-Net. watched: the sites of which --save-maps wrote the maps, or empty; then every map is
-    computed by another kernel.
+    fingerprint: of the U-Net's weights. watched: the sites of which --save-maps wrote the maps, or empty; then every
+    map is computed by another kernel. digests: of every part of the model (`Pipeline.digests`), empty in files of
+    version 0.1. tokens: digest of what the tokenizer made of the batch's prompts (`tokens_of`).
     """
 
     jobs: tuple[tuple[str, int], ...]
@@ -94,6 +103,8 @@ class Recipe:
     watched: str
     spacing: str = ""  # of the timesteps; empty in files of version 0.1, which have the model's own
     guidance_rescale: float = 0.0
+    tokens: str = ""
+    digests: Mapping[str, str] = field(default_factory=dict)
     clip_skip: int | None = None
 
     def chunks(self) -> dict[str, str]:
@@ -108,8 +119,37 @@ class Recipe:
             "size": f"{self.width}x{self.height}",
             "init_image": json.dumps(self.init_image),
             "batch": json.dumps({"place": self.place, "jobs": self.jobs}),
+            "digests": json.dumps(self.digests),
             "versions": versions(),
+            "parameters": self.parameters(),
         }
+
+    def parameters(self) -> str:
+        """The text under which AUTOMATIC1111's tools, and those that follow them, look for the settings.
+
+        Source: AUTOMATIC1111/stable-diffusion-webui `modules/infotext_utils.py`, parse_generation_parameters.
+        """
+        prompt, seed = self.jobs[self.place]
+        settings = {
+            "Steps": count_of(self.steps),
+            "Sampler": SAMPLER_NAMES.get(self.sampler, self.sampler),
+            "Schedule type": SCHEDULE_TYPES.get(self.spacing),
+            "CFG scale": f"{self.guidance_scale:g}",
+            "Seed": seed,
+            "Size": f"{self.width}x{self.height}",
+            "Model": Path(self.model).stem,
+            "Denoising strength": self.strength if self.init_image else None,
+            "Eta DDIM": self.eta or None,
+            "Version": own_version(),
+        }
+        said = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items() if value is not None)
+        negative = [f"Negative prompt: {self.negative_prompt}"] if self.negative_prompt else []
+        return "\n".join([prompt, *negative, said])
+
+    def other_parts(self, digests: Mapping[str, str], tokens: str) -> list[str]:
+        """The parts of a model that are not those the picture was made with, as far as it tells."""
+        parts = [name for name, digest in self.digests.items() if digests.get(name) != digest]
+        return parts + (["tokenizer"] if self.tokens not in ("", tokens) else [])
 
     def check_text(self) -> None:
         """Raises: ValueError for what a PNG cannot hold: found out before the pictures are painted, not after."""
@@ -156,6 +196,7 @@ class Recipe:
             height=height,
             width=width,
             init_image=get("init_image", _init_image),
+            digests=get("digests", _digests) if "digests" in chunks else {},
             **plain,
         )
 
@@ -181,24 +222,47 @@ def _init_image(text: str) -> tuple[str, str] | tuple[()]:
     return str(path), str(digest)
 
 
+def _digests(text: str) -> dict[str, str]:
+    data = parse_json(text)
+    if not isinstance(data, dict) or len(data) > 64 or not all(isinstance(digest, str) for digest in data.values()):
+        raise ValueError("expected an object of texts")
+    return data
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(",:\n") else text
+
+
+def tokens_of(text: TextEncoder, jobs: Iterable[tuple[str, int]], negative_prompt: str) -> str:
+    """A digest of the tokens that a batch is painted from: another tokenizer matters where it gives others."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of words that are dropped, which painting tells
+        ids = text.tokenize([negative_prompt, *(prompt for prompt, _ in jobs)])
+    return hashlib.sha256(repr(ids.tolist()).encode()).hexdigest()[:12]
+
+
 def digest_of(path: Path) -> str:
     """Sixteen hexadecimal digits that tell a file's bytes from others. Raises: OSError."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def versions() -> str:
+def own_version() -> str:
     try:
-        own = version("minireuse")
+        return f"minireuse {version('minireuse')}"
     except PackageNotFoundError:
-        own = "source"
-    return f"minireuse {own}, torch {torch.__version__}, python {platform.python_version()}"
+        return "minireuse source"
+
+
+def versions() -> str:
+    return f"{own_version()}, torch {torch.__version__}, python {platform.python_version()}"
 
 
 def to_png(image: np.ndarray, recipe: Recipe) -> bytes:
     """A PNG file with the recipe as text. Shapes: image (H, W, 3) uint8."""
     chunks = PngInfo()
     for key, value in recipe.chunks().items():
-        chunks.add_itxt(key, value)
+        # Other people's tools look for theirs in the older kind of text, where it can hold it.
+        (chunks.add_text if key == "parameters" else chunks.add_itxt)(key, value)
     file = io.BytesIO()
     Image.fromarray(image).save(file, format="PNG", pnginfo=chunks)
     return file.getvalue()

@@ -159,6 +159,10 @@ def _made_again(args: argparse.Namespace) -> Settings:
         made, now = zip(*differs, strict=True)
         note = f"the file was made {' '.join(made)}; this run {' and '.join(now)}; pixels may differ"
         print(f"note: {note}", file=sys.stderr)
+    if not recipe.digests:
+        older = "of version 0.1, which knows another model by its U-Net alone"
+        note = f"{args.from_png} is {older}; where another part has changed, so have the pixels"
+        print(f"note: {note}", file=sys.stderr)
     return Settings(
         jobs=recipe.jobs,
         wanted=(recipe.place,),
