@@ -22,14 +22,14 @@ from minireuse.attention import Watch
 from minireuse.cache import ReuseCache
 from minireuse.common.options import count_of, mebibytes, parse_bytes, spacing_of
 from minireuse.common.status import exit_status
-from minireuse.files import write_whole
+from minireuse.files import digest_of, write_whole
 from minireuse.pipeline import Pipeline, Result, load
 from minireuse.plan import ReusePlan
 from minireuse.policies import select
 from minireuse.sample.maps import MapRecorder, words_of
 from minireuse.sample.memory import CacheShape, advice_on_memory, within_budget
 from minireuse.sample.options import sample_parser
-from minireuse.sample.recipe import Recipe, digest_of, read_image, to_png
+from minireuse.sample.recipe import Recipe, read_image, to_png
 from minireuse.sample.settings import Settings, read_settings
 from minireuse.samplers import Step
 from minireuse.search import build, names_in, policies_for
@@ -139,6 +139,7 @@ def load_pipeline(settings: Settings, device: str | None) -> Pipeline:
         prediction_type=settings.prediction_type,
         spacing=settings.spacing,
         tokenizer=settings.tokenizer,
+        loras=settings.loras,
     )
 
 
@@ -222,6 +223,7 @@ def make_recipe(settings: Settings, pipeline: Pipeline, plan: ReusePlan, watched
         plan=plan.to_json(),
         model=settings.model_name,
         fingerprint=pipeline.fingerprint,
+        loras=tuple((str(lora.path), lora.strength, lora.digest) for lora in pipeline.loras),
         prediction_type=pipeline.schedule.prediction_type,
         watched=watched,
     )

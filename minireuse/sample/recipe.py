@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import platform
@@ -52,7 +51,12 @@ PLAIN: dict[str, Callable[[str], Any]] = {
 }
 
 
-NEWER: dict[str, Callable[[str], Any]] = {"spacing": str, "guidance_rescale": float}  # not in files of version 0.1
+def _loras(text: str) -> tuple[tuple[str, float, str], ...]:
+    return tuple((str(path), float(strength), str(digest)) for path, strength, digest in parse_json(text))
+
+
+# Not in files of version 0.1.
+NEWER: dict[str, Callable[[str], Any]] = {"spacing": str, "guidance_rescale": float, "loras": _loras}
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Recipe:
     jobs: prompts and seeds of the batch it was sampled in, of which it is number `place`; matrix products may sum in
     another order for another batch. init_image: path and digest, or empty. plan: as JSON. model: a path.
     fingerprint: of the U-Net. watched: the sites of which --save-maps wrote the maps, or empty; then every map is
-    computed by another kernel.
+    computed by another kernel. loras: path, strength and digest of each.
     """
 
     jobs: tuple[tuple[str, int], ...]
@@ -89,6 +93,7 @@ class Recipe:
     watched: str
     spacing: str = ""  # of the timesteps; empty in files of version 0.1, which have the model's own
     guidance_rescale: float = 0.0
+    loras: tuple[tuple[str, float, str], ...] = ()
 
     def chunks(self) -> dict[str, str]:
         """The text of a PNG."""
@@ -100,6 +105,7 @@ class Recipe:
             "steps": str(self.steps) if isinstance(self.steps, int) else ",".join(map(str, self.steps)),
             "size": f"{self.width}x{self.height}",
             "init_image": json.dumps(self.init_image),
+            "loras": json.dumps(self.loras),
             "batch": json.dumps({"place": self.place, "jobs": self.jobs}),
             "versions": versions(),
         }
@@ -172,11 +178,6 @@ def _init_image(text: str) -> tuple[str, str] | tuple[()]:
         return ()
     path, digest = data
     return str(path), str(digest)
-
-
-def digest_of(path: Path) -> str:
-    """Sixteen hexadecimal digits that tell a file's bytes from others. Raises: OSError."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def versions() -> str:
