@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import hashlib
 import json
 import os
 import re
@@ -94,6 +95,15 @@ def _encoding_of(data: bytes) -> str:
 def lines_of(text: str) -> list[str]:
     """Lines as files end them. Unlike `str.splitlines`, this leaves U+2028 and the like inside a line."""
     return re.split("\r\n?|\n", text)
+
+
+def digest_of(path: Path) -> str:
+    """Sixteen hexadecimal digits that tell a file's bytes from others. Raises: OSError."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def read_lines(path: Path) -> list[str]:

@@ -57,14 +57,17 @@ def load(
     prediction_type: str | None = None,
     spacing: str | None = None,
     tokenizer: str | Path | None = None,
+    loras: Sequence[str | Path] = (),
 ) -> Pipeline:
     """Load a model: None is the one shipped with the package, a folder is in diffusers' layout, a file in LDM's.
 
+    path: where nothing of that name is there, "owner/name" is fetched from the hub.
     device: auto takes cuda, then mps, then cpu; meta reads no weights, for looking at sites and plans.
     dtype: auto is float16 on cuda, else float32.
     prediction_type: epsilon or v_prediction, where the checkpoint does not tell or tells wrongly.
     spacing: of the timesteps, instead of the model's own (`minireuse.schedule.Schedule.timesteps`).
     tokenizer: a folder or hub name instead of the model's own; single files carry none and get CLIP's.
+    loras: "FILE" or "FILE:STRENGTH", each; merged into the weights.
 
     Raises: ValueError with one sentence that says what is wrong with the checkpoint or an argument.
     """
@@ -72,11 +75,17 @@ def load(
         raise ValueError(f"prediction_type is {prediction_type!r}, expected one of {', '.join(PREDICTION_TYPES)}")
     place = pick_device(device)
     precision = pick_dtype(dtype, place)
-    folder = Path(path or shipped_model())
+    found = tuple(map(checkpoints.find_lora, [loras] if isinstance(loras, (str, Path)) else loras))
+    half, weights = precision in (torch.float16, torch.bfloat16), place.type != "meta"
+    folder = checkpoints.locate(Path(path or shipped_model()), half=half, weights=weights)
+    before = None
     if place.type == "meta":
         parts = checkpoints.empty_parts(folder, prediction_type)
     else:
         parts = checkpoints.load_parts(folder, precision, prediction_type, tokenizer)
+        if found:
+            before = _sampled(parts.unet.parameters())
+            checkpoints.merge_loras({"unet": parts.unet, "text_encoder": parts.text.model}, found)
     # Convolutions are faster with channels last on CUDA's tensor cores and in oneDNN.
     unet = parts.unet.to(place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     vae = parts.vae.to(place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -84,7 +93,8 @@ def load(
     for module in (unet, vae, text):
         module.eval().requires_grad_(False)
     config = parts.schedule if spacing is None else replace(parts.schedule, spacing=spacing)
-    return Pipeline(unet, vae, text, Schedule.from_config(config), parts.guidance_scale)
+    schedule = Schedule.from_config(config)
+    return Pipeline(unet, vae, text, schedule, parts.guidance_scale, loras=found, before_loras=before)
 
 
 @dataclass
@@ -97,6 +107,8 @@ class Pipeline:
     schedule: Schedule
     guidance_scale: float = GUIDANCE_SCALE  # what `generate` takes where none is given
     compiled: ConditionalUNet | None = None  # what `generate` calls instead of `unet`, such as a `CompiledUNet` of it
+    loras: tuple[checkpoints.LoRA, ...] = ()  # what was merged into the weights
+    before_loras: str | None = None  # the fingerprint that the U-Net had then
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -134,9 +146,12 @@ class Pipeline:
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that tell this U-Net's weights, as they were loaded, from others.
 
+        They are those of the U-Net before any LoRA: plans that were searched for a model serve it with LoRAs, too.
         They come from thousands of numbers of every tensor, not from all, which would take seconds. A model stored in
         half precision has the same ones in float32. Without weights, on the meta device, there are none.
         """
+        if self.before_loras is not None:
+            return self.before_loras
         return "" if self.device.type == "meta" else _sampled(self.unet.parameters())
 
     @property

@@ -7,6 +7,7 @@ import math
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from minireuse.pipeline import Pipeline, load
 from minireuse.schedule import PREDICTION_TYPES, SPACINGS
@@ -27,9 +28,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model, on which device, in which precision."""
     group = parser.add_argument_group("model and machine")
-    group.add_argument(
-        "--model", type=Path, metavar="PATH", help="diffusers folder or .safetensors file; default: the shipped model"
-    )
+    model_help = "diffusers folder, .safetensors file, or name on the hub (owner/name); default: the shipped model"
+    group.add_argument("--model", type=Path, metavar="PATH|NAME", help=model_help)
+    lora_help = "LoRA files to merge into the model, each with a strength that may be negative; default: 1"
+    group.add_argument("--lora", nargs="+", action="extend", metavar="FILE[:STRENGTH]", help=lora_help)
     group.add_argument(
         "--tokenizer", metavar="PATH|NAME", help="a folder or a name on the hub; default: the model's own, or CLIP's"
     )
@@ -96,7 +98,13 @@ def load_model(args: argparse.Namespace, device: str | None = None) -> Pipeline:
         prediction_type=args.prediction_type,
         spacing=args.spacing,
         tokenizer=args.tokenizer,
+        loras=args.lora or (),
     )
+
+
+def loras_of(pipeline: Pipeline) -> dict[str, Any]:
+    """What a journal or a plan file says of the LoRAs in a model: their digests and strengths; without any, nothing."""
+    return {"loras": [[lora.digest, lora.strength] for lora in pipeline.loras]} if pipeline.loras else {}
 
 
 def parse_bytes(text: str) -> int:

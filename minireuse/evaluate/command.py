@@ -32,6 +32,7 @@ from minireuse.common.options import (
     grid,
     guidance_scale,
     load_model,
+    loras_of,
     spacing_of,
 )
 from minireuse.common.ranks import Ranks, shared_status
@@ -354,4 +355,5 @@ def describe(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], r
         "batch_size": args.batch_size,
         "rounds": args.rounds,
         "dtype": str(pipeline.dtype),
+        **loras_of(pipeline),
     }

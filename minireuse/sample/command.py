@@ -20,7 +20,7 @@ from minireuse.attention import Watch
 from minireuse.cache import ReuseCache
 from minireuse.common.options import count_of, mebibytes, parse_bytes, spacing_of
 from minireuse.common.status import exit_status
-from minireuse.files import write_whole
+from minireuse.files import digest_of, write_whole
 from minireuse.pipeline import Pipeline, Result, load
 from minireuse.plan import ReusePlan
 from minireuse.policies import select
@@ -28,7 +28,7 @@ from minireuse.sample.maps import MapRecorder, words_of
 from minireuse.sample.memory import CacheShape, advice_on_memory, within_budget
 from minireuse.sample.options import sample_parser
 from minireuse.sample.pictures import read_init_image
-from minireuse.sample.recipe import Recipe, digest_of, to_png, tokens_of
+from minireuse.sample.recipe import Recipe, to_png, tokens_of
 from minireuse.sample.settings import Settings, read_settings
 from minireuse.samplers import Step
 from minireuse.search import build, names_in, policies_for
@@ -141,6 +141,7 @@ def load_pipeline(settings: Settings, device: str | None) -> Pipeline:
         prediction_type=settings.prediction_type,
         spacing=settings.spacing,
         tokenizer=settings.tokenizer,
+        loras=settings.loras,
     )
 
 
@@ -237,6 +238,7 @@ def make_recipe(settings: Settings, pipeline: Pipeline, plan: ReusePlan, watched
         model=settings.model_name,
         fingerprint=pipeline.fingerprint,
         digests=pipeline.digests,
+        loras=tuple((str(lora.path), lora.strength, lora.digest) for lora in pipeline.loras),
         prediction_type=pipeline.schedule.prediction_type,
         watched=watched,
         clip_skip=settings.clip_skip,

@@ -54,11 +54,16 @@ PLAIN: dict[str, Callable[[str], Any]] = {
 }
 
 
+def _loras(text: str) -> tuple[tuple[str, float, str], ...]:
+    return tuple((str(path), float(strength), str(digest)) for path, strength, digest in parse_json(text))
+
+
 # Not in files of version 0.1.
 NEWER: dict[str, Callable[[str], Any]] = {
     "spacing": str,
     "guidance_rescale": float,
     "tokens": str,
+    "loras": _loras,
     "clip_skip": lambda text: int(text) if text else None,
 }
 
@@ -76,7 +81,8 @@ class Recipe:
     another order for another batch. init_image: path and digest, or empty. plan: as JSON. model: a path.
     fingerprint: of the U-Net's weights. watched: the sites of which --save-maps wrote the maps, or empty; then every
     map is computed by another kernel. digests: of every part of the model (`Pipeline.digests`), empty in files of
-    version 0.1. tokens: digest of what the tokenizer made of the batch's prompts (`tokens_of`).
+    version 0.1. tokens: digest of what the tokenizer made of the batch's prompts (`tokens_of`). loras: path, strength
+    and digest of each.
     """
 
     jobs: tuple[tuple[str, int], ...]
@@ -106,6 +112,7 @@ class Recipe:
     tokens: str = ""
     digests: Mapping[str, str] = field(default_factory=dict)
     clip_skip: int | None = None
+    loras: tuple[tuple[str, float, str], ...] = ()
 
     def chunks(self) -> dict[str, str]:
         """The text of a PNG."""
@@ -118,6 +125,7 @@ class Recipe:
             "steps": str(self.steps) if isinstance(self.steps, int) else ",".join(map(str, self.steps)),
             "size": f"{self.width}x{self.height}",
             "init_image": json.dumps(self.init_image),
+            "loras": json.dumps(self.loras),
             "batch": json.dumps({"place": self.place, "jobs": self.jobs}),
             "digests": json.dumps(self.digests),
             "versions": versions(),
@@ -140,6 +148,7 @@ class Recipe:
             "Model": Path(self.model).stem,
             "Denoising strength": self.strength if self.init_image else None,
             "Eta DDIM": self.eta or None,
+            "Clip skip": self.clip_skip,
             "Version": own_version(),
         }
         said = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items() if value is not None)
@@ -239,11 +248,6 @@ def tokens_of(text: TextEncoder, jobs: Iterable[tuple[str, int]], negative_promp
         warnings.simplefilter("ignore")  # of words that are dropped, which painting tells
         ids = text.tokenize([negative_prompt, *(prompt for prompt, _ in jobs)])
     return hashlib.sha256(repr(ids.tolist()).encode()).hexdigest()[:12]
-
-
-def digest_of(path: Path) -> str:
-    """Sixteen hexadecimal digits that tell a file's bytes from others. Raises: OSError."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def own_version() -> str:

@@ -9,19 +9,20 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from minireuse.checkpoints.lora import find_lora
 from minireuse.common.options import CACHE_DTYPES, grid
 from minireuse.devices import is_available, pick_device
-from minireuse.files import read_lines
+from minireuse.files import digest_of, read_lines
 from minireuse.pipeline import ATTENTIONS
 from minireuse.sample.options import sample_parser
-from minireuse.sample.recipe import SHIPPED, Recipe, digest_of, from_png, versions
+from minireuse.sample.recipe import SHIPPED, Recipe, from_png, versions
 from minireuse.samplers import SAMPLERS
 from minireuse.search import takes_sites
 
 # What may be given beside --from-png: where things lie, and what is done with the picture.
 FREE = {"from_png", "out", "overwrite", "json", "quiet", "device", "model", "tokenizer", "save_maps", "dry_run"}
 FREE |= {"compile"}  # where nothing can be compiled now
-FREE |= {"init_image"}  # it may lie elsewhere now, but has to be the same one
+FREE |= {"init_image", "lora"}  # they may lie elsewhere now, but have to be the same ones
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Settings:
     latency: float | None
     cache_dtype: str
     model: Path | None
+    loras: tuple[str, ...]
     tokenizer: str | None
     prediction_type: str | None
     device: str
@@ -123,6 +125,7 @@ def _asked(args: argparse.Namespace) -> Settings:
         latency=args.latency,
         cache_dtype=args.cache_dtype,
         model=args.model,
+        loras=tuple(args.lora or ()),
         tokenizer=args.tokenizer,
         prediction_type=args.prediction_type,
         device=args.device,
@@ -187,6 +190,7 @@ def _made_again(args: argparse.Namespace) -> Settings:
         latency=None,
         cache_dtype=recipe.cache_dtype,
         model=Path(recipe.model) if args.model is None and recipe.model != SHIPPED else args.model,
+        loras=_same_loras(args, recipe),
         tokenizer=args.tokenizer,
         prediction_type=recipe.prediction_type,
         device=device,
@@ -208,6 +212,18 @@ def _same_image(args: argparse.Namespace, recipe: Recipe) -> Path | None:
         advice = "put it back, or say with --init-image where it is"
         raise ValueError(f"{args.from_png} began with the image {path}, which is gone or has changed; {advice}")
     return found
+
+
+def _same_loras(args: argparse.Namespace, recipe: Recipe) -> tuple[str, ...]:
+    """The LoRAs that the PNG was made with. Raises: ValueError where there are others, or none."""
+    expected = [f"{path}:{strength}" for path, strength, _ in recipe.loras]
+    texts = tuple(args.lora or expected)
+    found = [(lora.strength, lora.digest) for lora in map(find_lora, texts)]
+    if found != [(strength, digest) for _, strength, digest in recipe.loras]:
+        made_with = f"was made with --lora {' '.join(expected)}" if expected else "was made without a LoRA"
+        given = f"--lora {' '.join(texts)} gives other files or strengths" if args.lora else "a file has changed"
+        raise ValueError(f"{args.from_png} {made_with}, but {given}; say with --lora where the same files are")
+    return texts
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

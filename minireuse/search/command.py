@@ -30,6 +30,7 @@ from minireuse.common.options import (
     grid,
     guidance_scale,
     load_model,
+    loras_of,
     spacing_of,
 )
 from minireuse.common.ranks import Ranks, shared_status
@@ -383,4 +384,5 @@ def describe(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str]) -
         "first_seed": args.seed,
         "rounds_go": asdict(rounds_of(args)),
         "dtype": str(pipeline.dtype),
+        **loras_of(pipeline),
     }
