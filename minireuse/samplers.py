@@ -433,10 +433,16 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
+def _on_one_number(
+    sampler: Sampler, schedule: Trajectory, timesteps: Sequence[float], end: float | None = None
+) -> Iterator[Step]:
+    x = torch.zeros(1)
+    return sampler(lambda x, t, call: Prediction(x, x), x, schedule, timesteps, end=end, noise=torch.zeros_like)
+
+
 def count_calls(sampler: Sampler, schedule: Trajectory, timesteps: Sequence[float], end: float | None = None) -> int:
     """How many model calls `sampler` makes over `timesteps`, found by running it on one number."""
-    x = torch.zeros(1)
-    *_, last = sampler(lambda x, t, call: Prediction(x, x), x, schedule, timesteps, end=end, noise=torch.zeros_like)
+    *_, last = _on_one_number(sampler, schedule, timesteps, end)
     return last.call + 1
 
 
@@ -450,8 +456,7 @@ def timesteps_for(sampler: Sampler, schedule: Schedule, calls: int, spacing: str
     Raises: ValueError where this sampler never makes exactly that many calls, or as `Schedule.timesteps`.
     Source: diffusers `schedulers/scheduling_dpmsolver_singlestep.py`, whose steps are so.
     """
-    x = torch.zeros(1)
-    first, inner, _ = sampler(lambda x, t, call: Prediction(x, x), x, schedule, schedule.timesteps(3, "trailing"))
+    first, inner, _ = _on_one_number(sampler, schedule, schedule.timesteps(3, "trailing"))
     for n in range(calls, max(0, calls - 2), -1):  # plms makes one call more than it has timesteps
         timesteps = schedule.timesteps(n, spacing)[:: inner.call - first.call]
         if count_calls(sampler, schedule, timesteps) == calls:
