@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minireuse.schedule import Point, Trajectory
+from minireuse.schedule import Point, Schedule, Trajectory
 
 
 class Prediction(NamedTuple):
@@ -433,8 +433,32 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
+def _on_one_number(
+    sampler: Sampler, schedule: Trajectory, timesteps: Sequence[float], end: float | None = None
+) -> Iterator[Step]:
+    x = torch.zeros(1)
+    return sampler(lambda x, t, call: Prediction(x, x), x, schedule, timesteps, end=end, noise=torch.zeros_like)
+
+
 def count_calls(sampler: Sampler, schedule: Trajectory, timesteps: Sequence[float], end: float | None = None) -> int:
     """How many model calls `sampler` makes over `timesteps`, found by running it on one number."""
-    x = torch.zeros(1)
-    *_, last = sampler(lambda x, t, call: Prediction(x, x), x, schedule, timesteps, end=end, noise=torch.zeros_like)
+    *_, last = _on_one_number(sampler, schedule, timesteps, end)
     return last.call + 1
+
+
+def timesteps_for(sampler: Sampler, schedule: Schedule, calls: int, spacing: str | None = None) -> list[float]:
+    """Timesteps over which `sampler` makes this many calls, so that solvers can be compared at equal cost.
+
+    A solver of k calls per step takes every k-th timestep of the grid for `calls`, so that it begins where solvers of
+    one call per step do. A leading grid of calls / k timesteps would begin lower: for 4 calls, two per step, at t = 501
+    and not at 751. What is decided above that is lost, however exact the solver. Such a grid would also spend its last
+    calls next to the data, where hardly anything is left to do.
+    Raises: ValueError where this sampler never makes exactly that many calls, or as `Schedule.timesteps`.
+    Source: diffusers `schedulers/scheduling_dpmsolver_singlestep.py`, whose steps are so.
+    """
+    first, inner, _ = _on_one_number(sampler, schedule, schedule.timesteps(3, "trailing"))
+    for n in range(calls, max(0, calls - 2), -1):  # plms makes one call more than it has timesteps
+        timesteps = schedule.timesteps(n, spacing)[:: inner.call - first.call]
+        if count_calls(sampler, schedule, timesteps) == calls:
+            return timesteps
+    raise ValueError(f"this sampler cannot make {calls} calls on this grid: choose another number")

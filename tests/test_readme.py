@@ -187,5 +187,5 @@ def test_marked_places_take_the_text_of_their_files(tmp_path: Path) -> None:
 
 def test_pages_hold_the_tables_of_docs() -> None:
     texts = [page.read_text(encoding="utf-8") for page in PAGES]
-    assert sum(len(update_readme.MARKED.findall(text)) for text in texts) == 5
+    assert sum(len(update_readme.MARKED.findall(text)) for text in texts) == 6
     assert all(update_readme.filled(text, ROOT) == text for text in texts)

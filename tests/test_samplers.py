@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minireuse.samplers import SAMPLERS, Step, count_calls
-from minireuse.schedule import END, Schedule, ScheduleConfig
+from minireuse.samplers import SAMPLERS, Step, count_calls, timesteps_for
+from minireuse.schedule import END, SPACINGS, Schedule, ScheduleConfig
 
 # numpy's, about how diffusers reads its tables
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -417,6 +417,23 @@ def test_calls_are_numbered_and_counted(name: str, n: int, ends_at_one: bool) ->
     assert seen == list(range(expected))
     assert len(so_far) == n
     assert count_calls(SAMPLERS[name], schedule, timesteps) == expected
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_timesteps_for_a_number_of_calls_are_every_kth_of_as_many(name: str, spacing: str) -> None:
+    sampler, per_step = SAMPLERS[name], SINGLESTEP_CALLS.get(name, 1)
+    timesteps = timesteps_for(sampler, SD, 12, spacing)
+    assert timesteps == SD.timesteps(11 if name == "plms" else 12, spacing)[::per_step]
+    assert count_calls(sampler, SD, timesteps) == 12
+
+
+def test_a_number_of_calls_that_a_sampler_cannot_make_is_an_error() -> None:
+    for name, calls in (("dpmpp_2s", 5), ("dpm_solver_3", 4), ("dpm_solver_2", 1)):
+        with pytest.raises(ValueError, match=f"cannot make {calls} calls on this grid: choose another"):
+            timesteps_for(SAMPLERS[name], SD, calls, "leading")
+    assert timesteps_for(SAMPLERS["plms"], SD, 1, "trailing") == [999]
+    assert timesteps_for(SAMPLERS["dpmpp_2s"], ENDS_AT_ONE[True], 5, "trailing") == [999, 599, 199]
 
 
 def test_counting_calls_leaves_the_random_state_alone() -> None:

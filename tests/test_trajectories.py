@@ -19,11 +19,13 @@ from minireuse.samplers import (
     ddim,
     dpmpp_2m,
     dpmpp_2m_sde,
+    dpmpp_2s,
     from_sigma_denoiser,
     from_v,
     from_velocity,
     from_x0,
     guided,
+    timesteps_for,
 )
 from minireuse.schedule import EDM, END, Flow, Point, Schedule, ScheduleConfig, Trajectory, point
 
@@ -220,6 +222,35 @@ def test_a_step_much_longer_than_the_one_before_is_not_extrapolated(name: str, n
         ours = last(SAMPLERS[name](problem.eps, x, VP, timesteps, **options)).x.std().item()
         first_order = last(ddim(problem.eps, x, VP, timesteps)).x.std().item()
         assert abs(ours / exact - 1) <= abs(first_order / exact - 1)
+
+
+class Modes:
+    """Independent numbers of very different size, as the modes of an image are: each of two normals, of its own."""
+
+    def __init__(self, count: int, largest: float) -> None:
+        sizes = 0.05 * (largest / 0.05) ** torch.linspace(0, 1, count, dtype=torch.float64)
+        self.each = [Mixture(VP, (-size, size), 0.3 * size) for size in sizes.tolist()]
+
+    def eps(self, x: Tensor, t: float, call: int = 0) -> Tensor:
+        return torch.stack([mode.eps(row, t) for mode, row in zip(self.each, x, strict=True)])
+
+    def solution(self, x: Tensor, start: float, stop: float) -> Tensor:
+        return torch.stack([mode.solution(row, start, stop) for mode, row in zip(self.each, x, strict=True)])
+
+
+@pytest.mark.parametrize("n", [4, 6, 10, 20])
+def test_two_calls_a_step_keep_up_with_one_where_they_begin_alike(n: int) -> None:
+    """On Stable Diffusion's own grid n / 2 timesteps begin so low that not even the exact solution from there does."""
+    problem, x = Modes(24, 15.0), latents(24, 16)
+    reference = last(ddim(problem.eps, x, VP, VP.timesteps(200))).x
+    first_order = last(ddim(problem.eps, x, VP, VP.timesteps(n))).x
+
+    def loss(found: Tensor) -> float:
+        """How many dB worse than DDIM with as many calls."""
+        return 10 * math.log10((found - reference).square().mean() / (first_order - reference).square().mean())
+
+    assert loss(last(dpmpp_2s(problem.eps, x, VP, timesteps_for(dpmpp_2s, VP, n))).x) <= 0.5
+    assert loss(problem.solution(x, VP.timesteps(n // 2)[0], END)) > 0.5
 
 
 # --- diffusers --------------------------------------------------------------------------------------------------------
