@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if settings.recipe is not None and not args.dry_run and settings.recipe.fingerprint != pipeline.fingerprint:
         advice = "name that model with --model"
         raise ValueError(f"{args.from_png} was made by another model than {settings.model_name}; {advice}")
-    init_image = strength = None
+    init_image: Tensor | None = None
+    strength: float | None = None
     if settings.init_image is not None:
         init_image = read_init_image(settings.init_image, settings.height, settings.width, pipeline)
         height, width = init_image.shape[2:]
