@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = replace(settings, guidance_scale=pipeline.guidance(settings.guidance_scale))
     if settings.recipe is not None and not args.dry_run:
         check_model(args.from_png, settings.recipe, settings.model_name, pipeline)
-    init_image = strength = None
+    init_image: Tensor | None = None
+    strength: float | None = None
     if settings.init_image is not None:
         init_image = read_init_image(settings.init_image, settings.height, settings.width, pipeline)
         height, width = init_image.shape[2:]
