@@ -146,8 +146,9 @@ def table(found: Found) -> str:
     parts = []
     for spacing, solvers in found.items():
         calls = sorted({n for values in solvers.values() for n in values})
-        body = [[str(n), *(f"{np.mean(v[n]):.1f}" if n in v else "" for v in solvers.values())] for n in calls]
-        parts.append(f"### {spacing}\n\n" + rows(["calls", *(f"`{name}`" for name in solvers)], body))
+        names = [name for name in (*OURS, THEIRS) if name in solvers]
+        body = [[str(n), *(f"{np.mean(solvers[s][n]):.1f}" if n in solvers[s] else "" for s in names)] for n in calls]
+        parts.append(f"### {spacing}\n\n" + rows(["calls", *(f"`{name}`" for name in names)], body))
     return "\n".join(parts)
 
 
@@ -208,8 +209,8 @@ def plot(found: Found, path: Path) -> None:
         axis.set_xticks(calls, [str(n) for n in calls])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    figure.supxlabel("model calls")
-    figure.supylabel(f"PSNR to {REFERENCE_STEPS} DDIM steps of the same spacing, dB")
+    figure.supxlabel("model calls", fontsize="medium")
+    figure.supylabel(f"PSNR to {REFERENCE_STEPS} DDIM steps of the same spacing, dB", fontsize="medium")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0), frameon=False)
     figure.tight_layout()
