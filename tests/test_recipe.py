@@ -158,7 +158,7 @@ def other_unet(folder: Path) -> None:
 def other_tokenizer(folder: Path) -> None:
     """Of the same size, with two tokens that the prompt has exchanged, in whichever files this version wrote."""
     for path in (folder / "tokenizer").glob("*.json"):
-        first, second, between = '"red</w>":', '"circle</w>":', '"?":'
+        first, second, between = '"red</w>":', '"house</w>":', '"?":'
         text = path.read_text().replace(first, between).replace(second, first)
         path.write_text(text.replace(between, second))
 

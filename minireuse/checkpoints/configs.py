@@ -280,8 +280,9 @@ def text_settings(raw: Mapping[str, Any], source: str = "text_encoder/config.jso
 
     What else stands there says how the model was saved or trained. Of a whole CLIP, the half that reads text is meant.
     """
-    if raw.get("model_type") == "clip" and isinstance(raw.get("text_config"), Mapping):
-        raw = raw["text_config"]
+    whole = Reader(raw, source).raw
+    if whole.get("model_type") == "clip" and isinstance(whole.get("text_config"), Mapping):
+        raw = whole["text_config"]
     reader = Reader(raw, source, optional=("bos_token_id", "eos_token_id", "pad_token_id", "projection_dim"))
     reader.choice("model_type", "clip_text_model", ("clip_text_model",))
     settings: dict[str, Any] = {

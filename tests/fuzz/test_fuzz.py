@@ -10,7 +10,10 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,21 +25,36 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig
 
+from minireuse.checkpoints import ldm
 from minireuse.checkpoints import parts as checkpoint
+from minireuse.checkpoints.configs import (
+    SCHEDULERS,
+    read_schedule_config,
+    read_unet_config,
+    read_vae_config,
+    text_settings,
+)
 from minireuse.checkpoints.fields import ConfigError
 from minireuse.checkpoints.tensors import CheckpointError, fill, open_file
 from minireuse.checkpoints.tokenizer import read_tokenizer
 from minireuse.common.journal import Journal
+from minireuse.config import SD1_UNET, VAEConfig
 from minireuse.files import read_text
+from minireuse.pipeline import Pipeline
 from minireuse.plan import ReusePlan, Site
 from minireuse.policies import hurry, select
 from minireuse.sample.recipe import Recipe, from_png
+from minireuse.samplers import Denoise
+from minireuse.schedule import Schedule
 from minireuse.search import read_searched
 from minireuse.text import TextEncoder
+from minireuse.vae import VAE
 
 import faults
+from ldm_layout import FULL, alphas_cumprod, layout, unused
 from mutate import bytes_like, json_like, text_of
 
+PUBLISHED = json.loads((Path(__file__).parents[1] / "published_configs.json").read_text())
 CASES = int(os.environ.get("FUZZ_CASES", "320"))
 SECONDS = 10  # that no case may take
 MIB = 256  # that all cases of a kind together may add to the peak of the process; the files are kilobytes
@@ -110,6 +128,144 @@ def test_configs(folder: Path, name: str) -> None:
         spoil()
     finally:
         (folder / name).write_bytes(good)
+
+
+READERS = dict(zip(CONFIGS, (read_unet_config, read_vae_config, text_settings, read_schedule_config), strict=True))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("model", sorted(PUBLISHED))
+def test_published_configs(model: str, name: str) -> None:
+    """Whole files, with every key that diffusers and transformers write, and nulls among them."""
+
+    @settings(few, max_examples=CASES // 4)
+    @given(json_like(PUBLISHED[model][name]))
+    def spoil(data: Any) -> None:
+        attempt(f"published {name.split('/')[0]} configuration", lambda: READERS[name](data, name))
+
+    spoil()
+
+
+SCHEDULER_KEYS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "trained_betas": [0.1] * 1000,
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "rescale_betas_zero_snr": True,
+    "clip_sample": True,
+    "thresholding": False,
+    "use_karras_sigmas": True,
+    "use_flow_sigmas": False,
+    "final_sigmas_type": "zero",
+    "timestep_type": "discrete",
+    "sigma_min": None,
+}
+
+
+@few
+@given(data=st.data())
+def test_schedulers(data: st.DataObject) -> None:
+    names = data.draw(st.sets(st.sampled_from(sorted(SCHEDULER_KEYS))))
+    scheduler = data.draw(st.sampled_from(sorted(SCHEDULERS)))
+    good = {"_class_name": scheduler} | {name: SCHEDULER_KEYS[name] for name in sorted(names)}
+    spoilt = data.draw(json_like(good))
+    attempt("scheduler", lambda: Schedule.from_config(read_schedule_config(spoilt)).timesteps(7))
+
+
+@few
+@given(text_of({"_class_name": "StableDiffusionPipeline", "_guidance_scale": 7.5, "unet": ["diffusers", "U"]}))
+def test_model_indices(folder: Path, data: bytes) -> None:
+    (folder / "model_index.json").write_bytes(data)
+    try:
+        attempt("model index", lambda: checkpoint.describe(folder))
+    finally:
+        (folder / "model_index.json").unlink()
+
+
+TINY_FILE = replace(FULL[1], unet=(8, 8, 8, 8), vae=(8, 8, 8, 8), text=8, layers=1, vocabulary=300)
+TOLD_BY = (ldm.CONTEXT_KEY, ldm.FIRST_KEY, ldm.LAST_KEY, ldm.PREDICTION_KEY)
+SINGLE = unused(TINY_FILE) | {
+    key: shape for key, shape in layout(TINY_FILE).items() if key in TOLD_BY or key.startswith("first_stage_model.")
+}
+
+
+def write_single(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    tensors = {key: torch.zeros(shape) for key, shape in shapes.items()}
+    table = {"alphas_cumprod": alphas_cumprod()} if shapes.get("alphas_cumprod") == (1000,) else {}
+    save_file(tensors | table, path)
+
+
+def read_single_vae(path: Path) -> None:
+    vae = VAE(VAEConfig(block_out_channels=(8,) * 4, norm_groups=8))
+    parts = [(*ldm.split(key), source) for key, source in open_file(path).items() if not ldm.ignored(key)]
+    sources = [(name, source) for part, name, source in parts if part == "vae"]
+    fill(vae, sources, path, torch.float32, names=partial(ldm.names, "vae"))
+
+
+@few
+@given(data=st.data())
+def test_single_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """A file in the original layout with names and shapes changed: what it is, and its VAE, read in full."""
+    path = tmp_path_factory.getbasetemp() / "single.safetensors"
+    shapes = dict(SINGLE)
+    for _ in range(data.draw(st.integers(1, 4))):
+        key = data.draw(st.sampled_from(sorted(shapes)))
+        change = data.draw(st.sampled_from(["drop", "rename", "reshape", "prefix", "double"]))
+        shape = shapes.pop(key)
+        if change == "rename":
+            shapes[data.draw(bytes_like(key.encode())).decode("utf-8", "replace")[:300]] = shape
+        elif change == "reshape":
+            shapes[key] = tuple(data.draw(st.lists(st.integers(0, 9), max_size=5)))
+        elif change == "prefix":
+            prefix = data.draw(st.sampled_from(["_orig_mod.", "module.", "first_stage_model.", "a."]))
+            shapes[prefix + key] = shape
+        elif change == "double":
+            shapes |= {key: shape, key.replace(".attn_1.q.", ".attn_1.to_q.").replace("nin_", "conv_"): shape[::-1]}
+    write_single(path, shapes)
+    attempt("single file", lambda: checkpoint.describe(path))
+    attempt("VAE of a single file", lambda: read_single_vae(path))
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool]
+
+
+@few
+@given(data=st.data())
+def test_schedules_of_single_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    path = tmp_path_factory.getbasetemp() / "table.safetensors"
+    table = alphas_cumprod().double() ** data.draw(st.sampled_from([1, 1, 1.2, 0.5]))
+    for _ in range(data.draw(st.integers(0, 3))):
+        table[data.draw(st.integers(0, 999))] = data.draw(st.floats() | st.sampled_from([0.0, 1.0, 1e-320]))
+    table = table[data.draw(st.integers(0, 999)) if data.draw(st.booleans()) else 0 :].to(
+        data.draw(st.sampled_from(DTYPES))
+    )
+    shape = data.draw(st.sampled_from([(-1,), (1, -1), (-1, 1)]))
+    key = data.draw(st.sampled_from([ldm.SCHEDULE_KEY, ldm.SIGMAS_KEY]))
+    save_file({key: table.reshape(shape).contiguous() if len(table) else table}, path)
+    attempt("schedule of a single file", lambda: Schedule.from_config(checkpoint._schedule(path, open_file(path))))
+
+
+SIZES = st.sampled_from([0, 1, 2, 3, 5, 31, 32, 32, 33, 77])
+SHAPES = st.lists(SIZES, max_size=3) | st.sampled_from([[1, 77, 32], [2, 77, 32], [1, 5, 32]])
+FILLINGS = st.sampled_from([0.0, 1.0, float("nan"), float("inf"), 1e38, -1.0])
+
+
+@few
+@given(shape=SHAPES, filling=FILLINGS, dtype=st.sampled_from(DTYPES), seeds=st.integers(0, 3))
+def test_embeddings(pipeline: Pipeline, shape: list[int], filling: float, dtype: torch.dtype, seeds: int) -> None:
+    """Refused, or given to the U-Net: all that `generate` does before it samples."""
+    embeds = torch.full(shape, filling, dtype=torch.float64).to(dtype)
+    texts = {"prompt_embeds": embeds} if seeds % 2 else {"prompts": "a star", "negative_prompt_embeds": embeds}
+    attempt("embeddings", lambda: pipeline.generate(steps=[1], wrap=nothing, seeds=list(range(seeds)), **texts))
+
+
+def nothing(denoise: Denoise) -> Denoise:
+    return lambda x, t, call: torch.zeros_like(x)
 
 
 def small() -> nn.Module:
@@ -223,6 +379,8 @@ def recipe(pipeline: object) -> dict[str, str]:
         fingerprint="0" * 12,
         prediction_type="epsilon",
         watched="",
+        tokens="0" * 12,
+        digests={"U-Net": "0" * 12, "VAE": "0" * 12},
     ).chunks()
 
 
@@ -251,6 +409,9 @@ def test_good_files_are_read(folder: Path, recipe: dict[str, str], tmp_path: Pat
     assert read_searched(tmp_path / "plan.json").plan.grid == "....##"
     (tmp_path / "journal.jsonl").write_bytes(JOURNAL)
     assert Journal(tmp_path / "journal.jsonl", SETTINGS).records == {"..##": 31.5, ".#.#": [1, 2]}
+    write_single(tmp_path / "single.safetensors", SINGLE)
+    assert checkpoint.describe(tmp_path / "single.safetensors").unet == SD1_UNET
+    read_single_vae(tmp_path / "single.safetensors")
     save_file(small().state_dict(), tmp_path / "m.safetensors")
     fill(small(), checkpoint._tensors(tmp_path, "m").items(), tmp_path, torch.float32)
     assert issubclass(CheckpointError, ValueError) and issubclass(ConfigError, ValueError)
