@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -484,14 +485,14 @@ def test_a_png_is_made_again_with_the_same_loras(
     assert paint(*made, "--out", "plain.png") == 0
     assert paint(*made, "--lora", "style.safetensors:0.5", "--lora", "style.safetensors", "--out", "a.png") == 0
     assert paint("--from-png", "a.png", "--out", "b.png") == 0
-    plain, first, again = (np.array(sample.Image.open(f"{name}.png")) for name in ("plain", "a", "b"))
+    plain, first, again = (np.array(Image.open(f"{name}.png")) for name in ("plain", "a", "b"))
     assert np.array_equal(first, again) and not np.array_equal(plain, first)
 
     Path("style.safetensors").rename("moved.safetensors")
     assert paint("--from-png", "a.png", "--out", "c.png") == 2
     assert "no LoRA at style.safetensors:0.5" in capsys.readouterr().err
     assert paint("--from-png", "a.png", "--lora", "moved.safetensors:0.5", "moved.safetensors", "--out", "c.png") == 0
-    assert np.array_equal(np.array(sample.Image.open("c.png")), first)
+    assert np.array_equal(np.array(Image.open("c.png")), first)
 
     for wrong in (("moved.safetensors:0.5",), ("moved.safetensors:0.5", "moved.safetensors:2")):
         assert paint("--from-png", "a.png", "--lora", *wrong, "--out", "d.png") == 2

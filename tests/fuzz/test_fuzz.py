@@ -5,6 +5,7 @@ Bounded here; `FUZZ_CASES=6000 pytest tests/fuzz --hypothesis-seed=1` tries as m
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import struct
@@ -35,6 +36,7 @@ from minireuse.checkpoints.configs import (
     text_settings,
 )
 from minireuse.checkpoints.fields import ConfigError
+from minireuse.checkpoints.lora import find_lora, merge_loras
 from minireuse.checkpoints.tensors import CheckpointError, fill, open_file
 from minireuse.checkpoints.tokenizer import read_tokenizer
 from minireuse.common.journal import Journal
@@ -48,9 +50,11 @@ from minireuse.samplers import Denoise
 from minireuse.schedule import Schedule
 from minireuse.search import read_searched
 from minireuse.text import TextEncoder
+from minireuse.unet import UNet
 from minireuse.vae import VAE
 
 import faults
+from conftest import SMALLEST_UNET
 from ldm_layout import FULL, alphas_cumprod, layout, unused
 from mutate import bytes_like, json_like, text_of
 
@@ -288,6 +292,57 @@ def test_weights(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) 
     attempt("weights", lambda: fill(small(), open_file(path).items(), path, torch.float32))
 
 
+LAYERS = {
+    "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k": ("lora_down", "lora_up", (16, 32)),
+    "lora_unet_input_blocks_1_0_in_layers_2": ("lora_down", "lora_up", (16, 16, 3, 3)),
+    "unet.conv_in": ("lora_A", "lora_B", (16, 4, 3, 3)),
+    "lora_te_text_model_encoder_layers_0_mlp_fc1": ("lora_down", "lora_up", (8, 8)),
+}
+PEFT = {"unet.lora_alpha": 2, "unet.alpha_pattern": {"conv_in": 3}, "unet.use_dora": False}
+
+
+def lora_file(path: Path) -> None:
+    """Four layers, with an alpha each or in the metadata."""
+    tensors = {}
+    for name, (down, up, shape) in LAYERS.items():
+        tensors[f"{name}.{down}.weight"] = torch.ones(2, *shape[1:])
+        tensors[f"{name}.{up}.weight"] = torch.ones(shape[0], 2, *(1 for _ in shape[2:]))
+        tensors |= {} if name.startswith("unet") else {f"{name}.alpha": torch.tensor(4.0)}
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(PEFT)})
+
+
+@functools.cache  # building it takes longer than reading a file; that weights add up does not matter here
+def smallest_model() -> dict[str, nn.Module]:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = TextEncoder(CLIPTextConfig(vocab_size=300, **sizes))
+    return {"unet": UNet(SMALLEST_UNET), "text_encoder": text.model}
+
+
+def merge(path: Path) -> None:
+    merge_loras(smallest_model(), [find_lora(f"{path}:0.5")])
+
+
+@settings(few, max_examples=2 * CASES)
+@given(data=st.data())
+def test_loras(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    path = tmp_path_factory.getbasetemp() / "lora.safetensors"
+    lora_file(path)
+    good = path.read_bytes()
+    length = struct.unpack("<Q", good[:8])[0]
+    header = json.loads(good[8 : 8 + length])
+    what = data.draw(st.sampled_from(["header", "metadata", "bytes"]))
+    if what == "bytes":
+        path.write_bytes(data.draw(bytes_like(good)))
+    else:
+        if what == "header":
+            header = data.draw(json_like(header))
+        else:
+            header["__metadata__"]["lora_adapter_metadata"] = data.draw(text_of(PEFT)).decode("utf-8", "replace")
+        spoilt = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(spoilt)) + spoilt + good[8 + length :])
+    attempt("LoRA", lambda: merge(path))
+
+
 @few
 @given(text_of({"metadata": {"total_size": 9}, "weight_map": {"a": "x-00001-of-00002.safetensors", "b": "y"}}))
 def test_shard_indices(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
@@ -414,4 +469,6 @@ def test_good_files_are_read(folder: Path, recipe: dict[str, str], tmp_path: Pat
     read_single_vae(tmp_path / "single.safetensors")
     save_file(small().state_dict(), tmp_path / "m.safetensors")
     fill(small(), checkpoint._tensors(tmp_path, "m").items(), tmp_path, torch.float32)
+    lora_file(tmp_path / "l.safetensors")
+    merge(tmp_path / "l.safetensors")
     assert issubclass(CheckpointError, ValueError) and issubclass(ConfigError, ValueError)
