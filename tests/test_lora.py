@@ -20,8 +20,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import minireuse
 from minireuse.checkpoints.lora import find_lora, merge_loras, name_table
 from minireuse.checkpoints.tensors import CheckpointError
+from minireuse.common.options import load_model, loras_of
 from minireuse.config import SD1_UNET
+from minireuse.evaluate import command as evaluate
 from minireuse.sample import command as sample
+from minireuse.search import command as search
 from minireuse.unet import UNet
 
 from conftest import TINY_UNET, relative_error
@@ -476,6 +479,16 @@ def test_the_fingerprint_stays_the_models_so_that_its_searched_plans_are_found(
     assert any(
         not torch.equal(a, b) for a, b in zip(changed.unet.parameters(), pipeline.unet.parameters(), strict=True)
     )
+
+
+def test_journals_and_plan_files_keep_runs_with_other_loras_apart(
+    style: Path, model_folder: Path, pipeline: minireuse.Pipeline
+) -> None:
+    for parser in (search.parser(), evaluate.parser()):
+        args = parser.parse_args(["--model", str(model_folder), "--lora", f"{style}:0.5", "--out", "out"])
+        changed = load_model(args, "cpu")
+        assert loras_of(changed) == {"loras": [[changed.loras[0].digest, 0.5]]}
+    assert loras_of(pipeline) == {}  # so that what was begun by an earlier version can go on
 
 
 def test_a_png_is_made_again_with_the_same_loras(

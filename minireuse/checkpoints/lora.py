@@ -146,8 +146,10 @@ def name_table(parts: Mapping[str, nn.Module]) -> Table:
     table: Table = {}
     for part, module in parts.items():
         layers = [name for name, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-        written = [(Place(part, name), spelling) for name in layers for spelling in _spellings(part, name, module)]
-        written += [(None, spelling) for name in _unbuilt(layers) for spelling in _spellings(part, name, module)]
+        written: list[tuple[Place | None, str]] = [
+            (Place(part, name), s) for name in layers for s in _spellings(part, name, module)
+        ]
+        written += [(None, s) for name in _unbuilt(layers) for s in _spellings(part, name, module)]
         table |= {spelling + ending: (place, role) for place, spelling in written for ending, role in ROLES.items()}
     return table
 
