@@ -20,7 +20,7 @@ ROWS = {  # policy: what the picture calls it, and what it does
     "none": ("none", "full sampler"),
     "hurry": ("hurry", "attention maps,\nlast 10 calls"),
     "phast:kind=map": ("phast:kind=map", "attention maps,\n10 calls, searched"),
-    "phast:kind=deep": ("phast:kind=deep", "deep features,\n10 calls, searched"),
+    "interval:kind=out": ("interval:kind=out", "attention outputs,\nevery other call"),
     "phast": ("phast", "the closest plan\nwithin 0.6 of\nthe time"),
 }
 PROMPTS = (
