@@ -67,14 +67,14 @@ def guided_denoise(
     if guidance_scale == 1:
         plan = unguided(plan)
     steps = [replace(plan.step(call), explicit=attention == "explicit") for call in range(plan.calls)]
-    inner = [replace(step, store=step.store - {PREDICTION}, keep=step.keep - {PREDICTION}) for step in steps]
+    inside = [step.inside for step in steps]
     # The prompt does not change between calls, so its keys and values are computed here, once per batch layout.
     prompt = context if guidance_scale == 1 else context.chunk(2)[1]
     layouts = {step.guided for step in steps}
     text = {guided: unet.text_kv(context if guided else prompt) for guided in layouts}
 
     def predict(x: Tensor, t: float, call: int) -> Tensor:
-        step = inner[call]
+        step = inside[call]
         # The solver's state stays in float32 whatever precision the model computes in.
         latents = x.to(context.dtype)
         if step.guided:

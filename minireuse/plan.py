@@ -90,6 +90,11 @@ class StepPlan:
     keep: frozenset[Site] = frozenset()
     ahead: frozenset[tuple[Site, float]] = frozenset()
 
+    @property
+    def inside(self) -> StepPlan:
+        """What of this the U-Net itself does: all but keeping its prediction, which the denoiser around it does."""
+        return replace(self, store=self.store - {PREDICTION}, keep=self.keep - {PREDICTION})
+
 
 PLAIN = StepPlan()  # an ordinary U-Net call
 

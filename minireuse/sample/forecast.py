@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -66,8 +66,7 @@ def forecast(
         else:
             images = batch * (2 if step.guided else 1)
             context = meta(images, tokens, config.cross_attention_dim)
-            inner = replace(step, store=step.store - {PREDICTION}, keep=step.keep - {PREDICTION})
-            unet(meta(images, config.in_channels, *size), meta(1), context, inner, ledger)
+            unet(meta(images, config.in_channels, *size), meta(1), context, step.inside, ledger)
         if PREDICTION in step.store:
             ledger.store(PREDICTION, meta(batch, config.out_channels, *size), step, torch.float32)
     return Forecast(ledger.sites, ledger.peak_nbytes)
