@@ -33,7 +33,7 @@ from minireuse.files import read_lines, shipped_model
 from minireuse.pipeline import Pipeline
 from minireuse.search import build, policies_for
 
-from data import scene_at
+from data import picture_at, scene_at
 from train_classifier import HELD_OUT, accuracy
 from world import answers, parse_caption, render
 
@@ -130,10 +130,10 @@ def main(argv: list[str] | None = None) -> None:
     prompts = read_lines(args.model / "prompts" / "evaluation.txt")[: args.prompts]
     pipe = minireuse.load(args.model, device="cpu")
     scenes = [scene_at(HELD_OUT, i) for i in range(args.held_out)]
-    held_out = [render(scene, np.random.default_rng([HELD_OUT, i, 1])) for i, scene in enumerate(tqdm(scenes))]
+    held_out = [picture_at(HELD_OUT, i)[0] for i in tqdm(range(args.held_out), desc="render")]
     images = paint(pipe, prompts, args.model, args.steps, args.policy)
     one, other = renders(prompts, 0), renders(prompts, 1)
-    unseen = [render(scene_at(UNSEEN, i), np.random.default_rng([UNSEEN, i, 1])) for i in range(VAE_SCENES)]
+    unseen = [picture_at(UNSEEN, i)[0] for i in range(VAE_SCENES)]
     found = {
         "classifier on renders": accuracy(classifier, np.stack(held_out), [answers(scene) for scene in scenes]),
         "pictures": obedience(classifier, list(images), prompts),
