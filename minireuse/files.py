@@ -132,7 +132,7 @@ def shipped_model() -> Path:
 
 
 def read_prompts(path: Path | None, model: Path | None, purpose: str, count: int, options: str) -> list[str]:
-    """The first `count` lines of a file, by default of the shipped prompts for this purpose.
+    """The lines of a file, `count` at least, by default of the shipped prompts for this purpose.
 
     model: None for the shipped one. options: of the command line, that ask for the count.
     Raises: ValueError where there are fewer, or another model has none; OSError.
@@ -143,4 +143,4 @@ def read_prompts(path: Path | None, model: Path | None, purpose: str, count: int
     prompts = read_lines(path)
     if count < 1 or len(prompts) < count:
         raise ValueError(f"{path} holds {len(prompts)} prompts, but {count} are needed; lower {options}")
-    return prompts[:count]
+    return prompts

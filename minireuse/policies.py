@@ -18,7 +18,7 @@ from minireuse.plan import KINDS, PlanError, ReusePlan, Site
 
 @dataclass(frozen=True)
 class Searched:
-    """A step-wise plan that a search found, and what it was searched for."""
+    """A plan that a search found, and what it was searched for."""
 
     plan: ReusePlan
     model: str  # fingerprint of the U-Net
@@ -29,8 +29,8 @@ class Searched:
 
     @property
     def row(self) -> tuple[bool, ...]:
-        """Which calls the plan reuses."""
-        return tuple(cell == "#" for cell in self.plan.grid or "")
+        """Which calls the plan reuses anything in."""
+        return tuple(bool(row.any()) for row in self.plan.mask)
 
     def is_spaced_otherwise(self, spacing: str) -> bool:
         """Whether it was searched on another grid of timesteps than this one; not where either is unknown."""
@@ -134,12 +134,13 @@ def _closest_within(latency: float, plans: Iterable[Searched], calls: int, sites
     fast = [(unseen, took, p) for unseen, took, p in known if took <= latency]
     if fast:
         unseen, took, found = max(fast, key=lambda each: each[0])
-        what = " and ".join(sorted({KIND_NAMES[site.kind] for site in found.plan.sites}))
+        used = {s for s, column in zip(found.plan.sites, found.plan.mask.T, strict=True) if column.any()}
+        what = " and ".join(sorted({KIND_NAMES[site.kind] for site in used}))
         how = f"{what}{', extrapolated' * (found.plan.order > 0)}, in {found.plan.reused} of {calls} calls"
         note = f"phast reuses {how}: {took:.2f} of the full sampler's time, {unseen:.1f} dB on unseen prompts"
         warnings.warn(note, stacklevel=3)
         return found.plan
-    search = f"python -m minireuse.search --kind deep --order 1 --budget-latency {latency:g} --out plan.json"
+    search = f"python -m minireuse.search --kind depth --order 1 --budget-latency {latency:g} --out plan.json"
     none_found = f"no plan searched for this run is known to take at most {latency:g} of the full sampler's time"
     if not any(site.kind == "deep" for site in sites):
         raise PlanError(f"{none_found}; search one with `{search}`, or leave out the kind of site")
@@ -284,7 +285,7 @@ def nearest(
     """The plan searched for what is most like this run, and whether it was searched for just this run.
 
     A plan of the same model counts most, then one of the same sampler, order, sites, number of calls, share of reuse.
-    None where no plan reuses sites of this kind: what is a good place for a map is a poor one for deep features.
+    None where no step-wise plan reuses sites of this kind: a good place for a map is a poor one for deep features.
     """
     sites = set(sites)
     kinds = {site.kind for site in sites}
@@ -300,7 +301,7 @@ def nearest(
             abs(p.plan.reused / p.plan.calls - k / calls),
         )
 
-    known = [p for p in plans if {site.kind for site in p.plan.sites} == kinds]
+    known = [p for p in plans if {site.kind for site in p.plan.sites} == kinds and p.plan.grid is not None]
     best = min(known, key=distance, default=None)
     return None if best is None else (best, not any(distance(best)))
 

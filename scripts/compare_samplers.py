@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
 
     own = (args.model or shipped_model()) / "prompts" / "evaluation.txt"
     path = args.prompts_file or (own if own.exists() else None)
-    prompts = read_prompts(path, args.model, "evaluation", args.prompts, "--prompts")
+    prompts = read_prompts(path, args.model, "evaluation", args.prompts, "--prompts")[: args.prompts]
     args.out.mkdir(parents=True, exist_ok=True)
     pipe = minireuse.load(args.model, dtype="float32")
     found = measure(args, pipe, prompts)

@@ -17,6 +17,7 @@ from minireuse.search import command as search
 from minireuse.search import read_searched
 from minireuse.search.budget import groups_of
 from minireuse.search.costs import Costs
+from minireuse.search.depth import entries_of
 from minireuse.search.plan_files import read_plan
 from minireuse.search.render import Renderer
 
@@ -203,6 +204,27 @@ def test_layers_and_kinds_side_by_side(run, made_up, tmp_path: Path, pipeline: m
         assert f'"{alone}"' in tried  # HURRY and the even plan of a kind, as starts
 
 
+def test_a_ladder_of_depth_plans_is_one_search(run, made_up, tmp_path: Path, pipeline: minireuse.Pipeline) -> None:
+    entries = entries_of(pipeline.sites)
+    costs = made_up([(entry,) for entry in entries], [0.1 * (i + 1) for i in range(len(entries) - 1)] + [1.0])
+    argv = ["--kind", "depth", "--order", "1", "--steps", "4", "--out", str(tmp_path), "--budget-latency"]
+    assert run(*argv, "0.4", "0.8")[0] == 0
+    for rung in (0.4, 0.8):
+        text = (tmp_path / f"ddim-4-depth-order1-{rung}.json").read_text()
+        plan, about = ReusePlan.from_json(text, pipeline.sites), json.loads(text)["about"]
+        assert plan.order == 1
+        assert {s.kind for s in plan.sites} == {"deep", "eps"}
+        assert (plan.mask.sum(axis=1) <= 1).all()
+        assert about["latency_estimated"] == costs.latency(plan.on(pipeline.sites)) <= rung == about["budget_latency"]
+        assert set(about["scores_unseen"]) == {"phast", "even"}
+    before = (tmp_path / "ddim-4-depth-order1.journal.jsonl").read_bytes()
+    assert "holds the plan of this search already" in run(*argv, "0.8", "0.4")[1]
+    # One more rung goes by the same scores.
+    assert run(*argv, "0.6")[0] == 0
+    assert (tmp_path / "ddim-4-depth-order1-0.6.json").exists()
+    assert (tmp_path / "ddim-4-depth-order1.journal.jsonl").read_bytes().startswith(before)
+
+
 def test_costs_are_measured_where_none_are_known(run, tmp_path: Path, pipeline: minireuse.Pipeline) -> None:
     run("--budget-latency", "0.001", "--kind", "out", "--out", str(tmp_path / "p.json"))
     (_, record) = (tmp_path / "p.journal.jsonl").read_text().splitlines()
@@ -243,6 +265,9 @@ def test_two_processes_find_the_plan_of_one(run, model_folder: Path, prompts: Pa
         (("--out", "p.json", "--budget-latency", "1.5"), "--budget-latency is 1.5, expected a fraction"),
         (("--out", "p.json", "--budget-latency", "0.5", "--reuse", "2"), "or --reuse, not both"),
         (("--out", "p.json", "--layerwise"), "add --budget-latency 0.7"),
+        (("--out", "p.json", "--kind", "depth"), "--kind depth searches all branches within a latency; add"),
+        (("--out", "p.json", "--budget-latency", "0.5", "0.50"), "names a latency twice"),
+        (("--out", "p.json", "--budget-latency", "0.5", "0.6"), "one file for 2 plans"),
         (("--out", "p.json", "--layerwise", "--budget-latency", "0.5", "--branch", "1"), "leave out --branch"),
         (("--out", "p.json", "--branch", "1"), "branch numbers the deep features, but kind is 'map'"),
         (("--out", "p.json", "--budget-latency", "0.001", "--kind", "deep"), "as fast as 0.001 of the full"),

@@ -129,12 +129,16 @@ def test_other_files_among_the_plans_are_refused(tmp_path: Path, text: str, mess
         plans_of(tmp_path)
 
 
-def test_plans_by_site_are_refused(tmp_path: Path) -> None:
-    path = written(tmp_path, "p.json", ".#")
-    both = ReusePlan.stepwise(row(".#"), MAPS[:1]) | ReusePlan.stepwise(row(".."), MAPS[1:])
-    path.write_text(json.dumps(json.loads(both.to_json()) | {"about": {"model": "aa", "sampler": "ddim"}}))
-    with pytest.raises(PlanError, match="gives sites different rows"):
-        read_searched(path)
+def test_plans_by_site_are_chosen_by_their_time_alone(tmp_path: Path) -> None:
+    path = written(tmp_path / "plans", "p.json", ".#")
+    depth = ReusePlan.stepwise(row(".#.."), DEEP[:1]) | ReusePlan.stepwise(row("...#"), DEEP[1:])
+    about = {"model": "aa", "sampler": "ddim", "latency": 0.5, "scores_unseen": {"phast": 30.0}}
+    path.write_text(json.dumps(json.loads(depth.to_json()) | {"about": about}))
+    policy = partial(phast, plans=plans_of(tmp_path), model="aa")
+    with pytest.warns(UserWarning, match="phast reuses deep features, in 2 of 4 calls: 0.50 of"):
+        assert policy(4, EVERY) == depth
+    with pytest.warns(UserWarning, match="no searched plan covers these sites, so phast uses hurry"):
+        assert phast(4, DEEP[:1], k=1, plans=[read_searched(path)], model="aa").grid == "...#"
 
 
 def test_without_a_plan_for_such_sites_phast_is_hurry_and_says_so(tmp_path: Path) -> None:
@@ -202,7 +206,7 @@ def test_a_kind_or_a_number_of_calls_asks_for_the_papers_plan(ladder: Policy, gi
 
 def test_where_nothing_was_searched_deep_features_are_extrapolated_evenly(ladder: Policy) -> None:
     said = (
-        r"no plan searched .* at most 0.5 .*, in 6 of 10 calls, evenly; `python -m minireuse.search --kind deep .* 0.5"
+        r"no plan searched .* at most 0.5 .*, in 6 of 10 calls, evenly; `python -m minireuse.search --kind depth .* 0.5"
     )
     with pytest.warns(UserWarning, match=said):
         plan = ladder(10, EVERY, latency=0.5)

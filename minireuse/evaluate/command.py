@@ -122,7 +122,7 @@ def run(args: argparse.Namespace, ranks: Ranks, command: str) -> None:
     count = count_of(grid(args))
     fewer = dict.fromkeys(f"steps:{max(1, round(count * f))}" for f in FEWER)
     policies = [*DEFAULT, *fewer] if args.policies is None else args.policies
-    prompts = read_prompts(args.prompts_file, args.model, "evaluation", args.prompts, "--prompts")
+    prompts = read_prompts(args.prompts_file, args.model, "evaluation", args.prompts, "--prompts")[: args.prompts]
     classifier = own_classifier(args.model)
     follow = prompt_check(args.check) if args.check else classifier and classifier.follow
     pipeline = load_model(args, ranks.device(args.device))

@@ -32,8 +32,6 @@ def read_searched(path: Path) -> Searched:
     plan, about = read_plan(path)
     if not {"model", "sampler"} <= about.keys():
         raise PlanError(f"{path} does not say what it was searched for; remove it, or search it again")
-    if plan.grid is None:
-        raise PlanError(f"{path} gives sites different rows; the folder plans/ may hold only step-wise plans")
     scores = about.get("scores_unseen")
     unseen = scores.get("phast") if isinstance(scores, dict) else None
     spacing = str(about.get("spacing") or "")

@@ -1,0 +1,224 @@
+"""Depth plans: how much of the U-Net runs at each call, searched for a ladder of latencies in one run.
+
+A depth plan is one number a call. 0 runs the whole U-Net; each further depth enters it nearer to its end, at a feature
+that is reused, and computes less; the last makes no call and reuses the prediction itself. DeepCache and skipped calls
+are two of its corners.
+
+The search walks down once from the full sampler, by the change that does least damage for the time it saves, and comes
+past every latency of the ladder on its way. Then each rung is refined: what one call's depth does there is measured
+around the plan found so far, and proposes exchanges; only their scores on all prompts decide.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from minireuse.plan import PlanError, ReusePlan, Site
+from minireuse.policies import interval
+from minireuse.search.phast import METHOD, BudgetSpent, Rounds, ScoreMany, SearchResult
+
+Depths = tuple[int, ...]  # of each call, 0 for the whole U-Net
+
+PROPOSED = 6  # changes that are tried at each step down
+SHORTLIST = 3  # starts of a rung that are scored on all prompts
+
+
+def entries_of(sites: Iterable[Site]) -> tuple[Site, ...]:
+    """The sites a call can begin at, from the one that computes most to the one that computes nothing."""
+    return tuple(sorted((s for s in sites if s.kind in ("deep", "eps")), key=lambda s: (s.kind == "eps", -s.depth)))
+
+
+def depth_plan(depths: Sequence[int], entries: Sequence[Site], order: int = 0) -> ReusePlan:
+    """The plan in which a call of depth d > 0 begins at entries[d - 1]. Shapes: depths (calls,)."""
+    return ReusePlan(np.array(depths)[:, None] == np.arange(1, len(entries) + 1), tuple(entries), order=order)
+
+
+def even_depths(calls: int, depth: int, reused: int) -> Depths:
+    """Evenly spread calls of one depth among whole ones, as `interval` spreads them."""
+    return tuple(depth * int(cell) for cell in interval(calls, [Site("one", "out")], k=reused).mask[:, 0])
+
+
+@dataclass
+class Ladder:
+    """One search of depth plans for several latencies.
+
+    score_many: as in `improve`, in dB. latency: of a plan, as a fraction of the full sampler's. order: of the plans.
+    how: `heat` names the prompts on which changes are proposed, None for all; `finalists` how many of them are scored
+    on all prompts; `epsilon` what a change has to gain; `first` is not used.
+    """
+
+    score_many: ScoreMany
+    calls: int
+    entries: tuple[Site, ...]
+    latency: Callable[[ReusePlan], float]
+    order: int = 0
+    how: Rounds = METHOD
+
+    def __post_init__(self) -> None:
+        self._times: dict[Depths, float] = {}
+        self._tried: dict[str, float] = {}
+        self.whole: Depths = (0,) * self.calls
+        self.deepest = len(self.entries)
+
+    def search(self, budgets: Sequence[float]) -> Iterator[tuple[float, SearchResult]]:
+        """The plan of each rung, the slowest first, each as soon as it is found.
+
+        budgets: the most that each rung may take of the full sampler's time.
+        Raises: PlanError where no plan is as fast as the lowest rung; BudgetSpent where the search budget ends before
+        a rung has anything to show.
+        """
+        fastest = self.time((0, *(self.deepest,) * (self.calls - 1)))
+        if fastest > min(budgets):
+            raise PlanError(
+                f"no plan over these sites is as fast as {min(budgets)} of the full sampler's time; "
+                f"the fastest takes {fastest:.3f}"
+            )
+        way = list(self.descend(self.whole, self.singles(), min(budgets)))
+        above: list[Depths] = []  # what the slower rungs found
+        for budget in sorted(budgets, reverse=True):
+            starts = [*self._fitting(way, budget), *self._fitting(above, budget), *self.even(budget)]
+            found, result = self.refine(starts, budget)
+            above.insert(0, found)
+            yield budget, result
+
+    def time(self, depths: Depths) -> float:
+        """A plan's share of the full sampler's time."""
+        if depths not in self._times:
+            self._times[depths] = self.latency(self.plan(depths))
+        return self._times[depths]
+
+    def plan(self, depths: Depths) -> ReusePlan:
+        return depth_plan(depths, self.entries, self.order)
+
+    def singles(self) -> dict[tuple[int, int], float]:
+        """What one call of a depth does in a run of whole ones: the squared error, by (call, depth)."""
+        cells = list(itertools.product(range(1, self.calls), range(1, self.deepest + 1)))
+        return dict(zip(cells, self._damage([changed(self.whole, *cell) for cell in cells]), strict=True))
+
+    def descend(self, depths: Depths, damage: dict[tuple[int, int], float], least: float) -> Iterator[Depths]:
+        """Plans ever faster, until one takes at most `least`: each makes one call of the one before deeper.
+
+        damage: what is known of one call's depth. It says which changes are tried, and learns from what these do.
+        """
+        damage = damage | {(call, 0): 0.0 for call in range(self.calls)}
+        yield depths
+        error = 0.0
+        while self.time(depths) > least:
+            prices = []
+            for call, depth in itertools.product(range(1, self.calls), range(1, self.deepest + 1)):
+                if depth > depths[call]:
+                    saved = self.time(depths) - self.time(changed(depths, call, depth))
+                    if saved > 0:
+                        added = damage[call, depth] - damage[call, depths[call]]
+                        prices.append((max(added, 0.0) / saved, call, depth, saved))
+            tried = sorted(prices)[:PROPOSED]
+            errors = self._damage([changed(depths, call, depth) for _, call, depth, _ in tried])
+            for (_, call, depth, _), value in zip(tried, errors, strict=True):
+                damage[call, depth] = damage[call, depths[call]] + value - error
+            error, (_, call, depth, _) = min(
+                zip(errors, tried, strict=True), key=lambda found: (found[0] - error) / found[1][3]
+            )
+            depths = changed(depths, call, depth)
+            yield depths
+
+    def even(self, budget: float) -> list[Depths]:
+        """The even plan of each depth that fits a latency with fewest calls of that depth."""
+        found = []
+        for depth in range(1, self.deepest + 1):
+            plans = (even_depths(self.calls, depth, reused) for reused in range(self.calls))
+            found += [next((plan for plan in plans if self.time(plan) <= budget), None)]
+        return [plan for plan in found if plan is not None]
+
+    def best_even(self, budget: float) -> Depths:
+        """The one of `even` that does least damage on the prompts that propose; it is scored already."""
+        plans = self.even(budget)
+        return min(zip(self._damage(plans), plans, strict=True))[1]
+
+    def refine(self, starts: Sequence[Depths], budget: float) -> tuple[Depths, SearchResult]:
+        """The best of the starts, improved by changes of one call's depth, or of two that exchange time.
+
+        Raises: BudgetSpent where no start was scored.
+        """
+        scored = self._scores(self._shortlist(list(dict.fromkeys(starts))))
+        if not scored:
+            raise BudgetSpent("the search budget ends before a plan of this latency is scored; give a larger one")
+        start = best = max(scored.values())
+        depths = max(scored, key=lambda plan: scored[plan])
+        rounds, finished = 0, False
+        while not finished:
+            rounds += 1
+            try:
+                moves = self._exchanges(depths, budget)
+            except BudgetSpent:
+                break
+            values = self._scores(moves)
+            finished = len(values) == len(moves)
+            move = max(values, key=lambda plan: values[plan], default=None)
+            if move is not None and values[move] > best + self.how.epsilon:
+                depths, best, finished = move, values[move], False
+            elif not finished:
+                break
+        result = SearchResult(self.plan(depths), best, start, rounds, finished, tuple(self._tried.items()))
+        return depths, result
+
+    def _exchanges(self, depths: Depths, budget: float) -> list[Depths]:
+        """The changes of one call or two that fit and promise most, by what each call's change does alone.
+
+        Of each call the depths beside its own, and the whole U-Net.
+        """
+        near = {
+            (call, depth)
+            for call in range(1, self.calls)
+            for depth in (0, depths[call] - 1, depths[call] + 1)
+            if 0 <= depth <= self.deepest and depth != depths[call]
+        }
+        alone = [changed(depths, *cell) for cell in sorted(near)]
+        (now, *errors) = self._damage([depths, *alone])
+        gains = {cell: error - now for cell, error in zip(sorted(near), errors, strict=True)}
+        promised: dict[Depths, float] = {}
+        for (a, x), gain in gains.items():
+            promised[changed(depths, a, x)] = gain
+            for (b, y), other in gains.items():
+                if a < b:
+                    promised[changed(changed(depths, a, x), b, y)] = gain + other
+        able = sorted((promise, plan) for plan, promise in promised.items() if promise < 0)
+        fitting = (plan for _, plan in able if self.time(plan) <= budget)
+        return list(itertools.islice(fitting, self.how.finalists))
+
+    def _shortlist(self, plans: list[Depths]) -> list[Depths]:
+        if self.how.heat is None or len(plans) <= SHORTLIST:
+            return plans
+        errors = self._damage(plans)
+        return [plan for _, plan in sorted(zip(errors, plans, strict=True))[:SHORTLIST]]
+
+    def _fitting(self, plans: Sequence[Depths], budget: float) -> list[Depths]:
+        """The first of the plans that fits."""
+        return [plan for plan in plans if self.time(plan) <= budget][:1]
+
+    def _damage(self, plans: Sequence[Depths]) -> list[float]:
+        """Squared error (pixels 0 to 255) on the prompts that propose, from their mean PSNR. Raises: BudgetSpent."""
+        values = list(self.score_many([self.plan(depths) for depths in plans], self.how.heat))
+        if len(values) < len(plans):
+            raise BudgetSpent(f"the search budget ended after {len(values)} of {len(plans)} plans; give a larger one")
+        return [255**2 * 10 ** (-value / 10) for value in values]
+
+    def _scores(self, plans: Sequence[Depths]) -> dict[Depths, float]:
+        """The scores on all prompts, of as many plans as the search budget allows."""
+        found = zip(plans, self.score_many([self.plan(depths) for depths in plans], None), strict=False)
+        scores = dict(found)
+        self._tried |= {drawn(depths): value for depths, value in scores.items()}
+        return scores
+
+
+def changed(depths: Depths, call: int, depth: int) -> Depths:
+    """The same plan with another depth at one call."""
+    return (*depths[:call], depth, *depths[call + 1 :])
+
+
+def drawn(depths: Depths) -> str:
+    """One digit a call, '.' for the whole U-Net."""
+    return " ".join("." if depth == 0 else str(depth) for depth in depths)
