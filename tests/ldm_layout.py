@@ -7,11 +7,13 @@ v2-inference.yaml`; mlfoundations/open_clip `src/open_clip/transformer.py`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 Shapes = dict[str, tuple[int, ...]]
@@ -233,3 +235,10 @@ def _open_clip_block(width: int) -> Shapes:
     attention: Shapes = {"attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,)}
     rest = [("attn.out_proj", _linear(width, width)), ("ln_1", _norm(width)), ("ln_2", _norm(width)), *mlp]
     return attention | _join(rest)
+
+
+if __name__ == "__main__":  # a float16 file as large as Stable Diffusion 1.5's, for `.ci/run`
+    generator = torch.Generator().manual_seed(0)
+    shapes = layout(FULL[1]) | unused(FULL[1])
+    tensors = {key: (torch.randn(shape, generator=generator) / 50).half() for key, shape in shapes.items()}
+    save_file(tensors | {"alphas_cumprod": alphas_cumprod()}, sys.argv[1])

@@ -25,6 +25,7 @@ DEPTH = "depth"  # what --kind calls plans of one depth a call
 HEAT = 4  # prompts on which all moves of a round are scored
 FINALISTS = 8  # moves that are scored on all prompts
 LEAST = 0.01  # of a plain call: groups that save less are not worth searching
+LEAST_DEPTH = 0.1  # of a plain call: depths that save less are left out, since a ladder has many to try
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ def _with_count(args: argparse.Namespace, job: Job, calls: int) -> Approach:
 
 
 def _of_depths(args: argparse.Namespace, job: Job, costs: Costs, calls: int) -> Approach:
-    entries = tuple(entry for (entry,) in job.groups)
+    saving = dict(zip(costs.groups, costs.reuse, strict=True))
+    entries = tuple(entry for (entry,) in job.groups if -saving[entry,] > LEAST_DEPTH * costs.plain)
     budgets = [budget for budget in job.budgets if budget is not None]
 
     def find(scores: ScoreMany) -> Iterator[Found]:
