@@ -23,7 +23,7 @@ from minireuse.search.phast import METHOD, BudgetSpent, Rounds, ScoreMany, Searc
 
 Depths = tuple[int, ...]  # of each call, 0 for the whole U-Net
 
-PROPOSED = 6  # changes that are tried at each step down
+PROPOSED = 4  # changes that are tried at each step down
 SHORTLIST = 3  # starts of a rung that are scored on all prompts
 
 
@@ -187,7 +187,22 @@ class Ladder:
                     promised[changed(changed(depths, a, x), b, y)] = gain + other
         able = sorted((promise, plan) for plan, promise in promised.items() if promise < 0)
         fitting = (plan for _, plan in able if self.time(plan) <= budget)
-        return list(itertools.islice(fitting, self.how.finalists))
+        moves = list(itertools.islice(fitting, self.how.finalists))
+        return list(dict.fromkeys([*self._together(depths, moves, budget), *moves]))
+
+    def _together(self, depths: Depths, moves: Sequence[Depths], budget: float) -> list[Depths]:
+        """Plans in which moves are made one after the other, those that promise most first, where they do not touch."""
+        plans, plan = [], depths
+        for move in moves:
+            cells = [call for call in range(self.calls) if move[call] != depths[call]]
+            if all(plan[call] == depths[call] for call in cells):
+                joined = plan
+                for call in cells:
+                    joined = changed(joined, call, move[call])
+                if self.time(joined) <= budget:
+                    plan = joined
+                    plans.append(plan)
+        return plans[1:]  # the first is a move by itself
 
     def _shortlist(self, plans: list[Depths]) -> list[Depths]:
         if self.how.heat is None or len(plans) <= SHORTLIST:
