@@ -92,6 +92,20 @@ def test_an_alpha_channel_without_transparency_is_no_news() -> None:
     assert np.array_equal(quiet("a.png"), values[..., :3])
 
 
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
+def test_of_several_pictures_the_first_is_used_and_that_is_told(name: str) -> None:
+    first, second = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+    first.save(name, save_all=True, append_images=[second], **({"lossless": True} if name == "a.webp" else {}))
+    with pytest.warns(UserWarning, match=rf"{name} holds 2 pictures; the first of them is used"):
+        assert np.array(read_picture(Path(name))).reshape(-1, 3).tolist() == [[255, 0, 0]] * 16
+
+
+def test_the_second_picture_in_a_phone_s_file_is_no_news() -> None:
+    values = Image.new("RGB", (8, 8), "white")
+    values.save("a.jpg", format="MPO", save_all=True, append_images=[values])
+    assert quiet("a.jpg").min() > 250
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
 @pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])
 def test_a_picture_is_turned_as_its_camera_was_held(suffix: str, orientation: int, turns: int) -> None:
