@@ -54,7 +54,8 @@ def fitting_size(
 def read_picture(path: Path) -> Image.Image:
     """A picture in RGB: upright, in sRGB, without transparency. Raises: ValueError for what is none; OSError."""
     image = read_image(path, "give --init-image a picture, as PNG, say")
-    frames = getattr(image, "n_frames", 1)
+    with Image.open(path) as opened:
+        frames = getattr(opened, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # whose further pictures are a phone's own notes on the first
         warnings.warn(f"{path} holds {frames} pictures; the first of them is used", stacklevel=2)
     image = ImageOps.exif_transpose(image)
