@@ -25,6 +25,7 @@ Depths = tuple[int, ...]  # of each call, 0 for the whole U-Net
 
 PROPOSED = 4  # changes that are tried at each step down
 SHORTLIST = 3  # starts of a rung that are scored on all prompts
+AROUND = 10  # changes of one call towards more depth, and as many towards less, that are looked at around a plan
 
 
 def entries_of(sites: Iterable[Site]) -> tuple[Site, ...]:
@@ -63,6 +64,8 @@ class Ladder:
         self._tried: dict[str, float] = {}
         self.whole: Depths = (0,) * self.calls
         self.deepest = len(self.entries)
+        # What one call of a depth is known to do, by (call, depth): the squared error it adds to a plan that is alike.
+        self._known = {(call, 0): 0.0 for call in range(self.calls)}
 
     def search(self, budgets: Sequence[float]) -> Iterator[tuple[float, SearchResult]]:
         """The plan of each rung, the slowest first, each as soon as it is found.
@@ -77,12 +80,13 @@ class Ladder:
                 f"no plan over these sites is as fast as {min(budgets)} of the full sampler's time; "
                 f"the fastest takes {fastest:.3f}"
             )
-        way = list(self.descend(self.whole, self.singles(), min(budgets)))
-        above: list[Depths] = []  # what the slower rungs found
+        self._known |= self.singles()
+        way = list(self.descend(self.whole, min(budgets)))
+        above = self.whole  # what the next slower rung found
         for budget in sorted(budgets, reverse=True):
-            starts = [*self._fitting(way, budget), *self._fitting(above, budget), *self.even(budget)]
-            found, result = self.refine(starts, budget)
-            above.insert(0, found)
+            (*_, on_from_above) = self.descend(above, budget)
+            starts = [next(plan for plan in way if self.time(plan) <= budget), on_from_above, *self.even(budget)]
+            above, result = self.refine(starts, budget)
             yield budget, result
 
     def time(self, depths: Depths) -> float:
@@ -99,31 +103,36 @@ class Ladder:
         cells = list(itertools.product(range(1, self.calls), range(1, self.deepest + 1)))
         return dict(zip(cells, self._damage([changed(self.whole, *cell) for cell in cells]), strict=True))
 
-    def descend(self, depths: Depths, damage: dict[tuple[int, int], float], least: float) -> Iterator[Depths]:
+    def descend(self, depths: Depths, least: float) -> Iterator[Depths]:
         """Plans ever faster, until one takes at most `least`: each makes one call of the one before deeper.
 
-        damage: what is known of one call's depth. It says which changes are tried, and learns from what these do.
+        What is known of one call's depth says which changes are tried, and learns from what these do.
         """
-        damage = damage | {(call, 0): 0.0 for call in range(self.calls)}
         yield depths
-        error = 0.0
+        (error,) = self._damage([depths])
         while self.time(depths) > least:
-            prices = []
-            for call, depth in itertools.product(range(1, self.calls), range(1, self.deepest + 1)):
-                if depth > depths[call]:
-                    saved = self.time(depths) - self.time(changed(depths, call, depth))
-                    if saved > 0:
-                        added = damage[call, depth] - damage[call, depths[call]]
-                        prices.append((max(added, 0.0) / saved, call, depth, saved))
-            tried = sorted(prices)[:PROPOSED]
-            errors = self._damage([changed(depths, call, depth) for _, call, depth, _ in tried])
-            for (_, call, depth, _), value in zip(tried, errors, strict=True):
-                damage[call, depth] = damage[call, depths[call]] + value - error
-            error, (_, call, depth, _) = min(
-                zip(errors, tried, strict=True), key=lambda found: (found[0] - error) / found[1][3]
-            )
-            depths = changed(depths, call, depth)
+            deeper = [
+                (call, depth) for call in range(1, self.calls) for depth in range(depths[call] + 1, self.deepest + 1)
+            ]
+            tried = self._cheapest(depths, deeper)[:PROPOSED]
+            errors = self._damage([changed(depths, *cell) for cell in tried])
+            for (call, depth), value in zip(tried, errors, strict=True):
+                self._known[call, depth] = self._known[call, depths[call]] + value - error
+            saved = [self.time(depths) - self.time(changed(depths, *cell)) for cell in tried]
+            prices = [(value - error) / time for value, time in zip(errors, saved, strict=True)]
+            best = prices.index(min(prices))
+            depths, error = changed(depths, *tried[best]), errors[best]
             yield depths
+
+    def _cheapest(self, depths: Depths, cells: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The changes of one call that save time, by the error they are known to add for the time they save."""
+        prices = []
+        for call, depth in cells:
+            saved = self.time(depths) - self.time(changed(depths, call, depth))
+            added = self._known[call, depth] - self._known[call, depths[call]]
+            if saved > 0:
+                prices.append((max(added, 0.0) / saved, call, depth))
+        return [(call, depth) for _, call, depth in sorted(prices)]
 
     def even(self, budget: float) -> list[Depths]:
         """The even plan of each depth that fits a latency with fewest calls of that depth."""
@@ -166,19 +175,13 @@ class Ladder:
         return depths, result
 
     def _exchanges(self, depths: Depths, budget: float) -> list[Depths]:
-        """The changes of one call or two that fit and promise most, by what each call's change does alone.
-
-        Of each call the depths beside its own, and the whole U-Net.
-        """
-        near = {
-            (call, depth)
-            for call in range(1, self.calls)
-            for depth in (0, depths[call] - 1, depths[call] + 1)
-            if 0 <= depth <= self.deepest and depth != depths[call]
-        }
-        alone = [changed(depths, *cell) for cell in sorted(near)]
-        (now, *errors) = self._damage([depths, *alone])
-        gains = {cell: error - now for cell, error in zip(sorted(near), errors, strict=True)}
+        """The changes of one call or two that fit and promise most, by what each call's change does alone."""
+        deeper = [(call, d + 1) for call, d in enumerate(depths) if call and d < self.deepest]
+        less_deep = list(dict.fromkeys((call, e) for call, d in enumerate(depths) if d for e in (0, d - 1)))
+        worst = sorted(less_deep, key=lambda cell: self._known[cell] - self._known[cell[0], depths[cell[0]]])
+        near = [*self._cheapest(depths, deeper)[:AROUND], *worst[:AROUND]]
+        (now, *errors) = self._damage([depths, *(changed(depths, *cell) for cell in near)])
+        gains = {cell: error - now for cell, error in zip(near, errors, strict=True)}
         promised: dict[Depths, float] = {}
         for (a, x), gain in gains.items():
             promised[changed(depths, a, x)] = gain
@@ -209,10 +212,6 @@ class Ladder:
             return plans
         errors = self._damage(plans)
         return [plan for _, plan in sorted(zip(errors, plans, strict=True))[:SHORTLIST]]
-
-    def _fitting(self, plans: Sequence[Depths], budget: float) -> list[Depths]:
-        """The first of the plans that fits."""
-        return [plan for plan in plans if self.time(plan) <= budget][:1]
 
     def _damage(self, plans: Sequence[Depths]) -> list[float]:
         """Squared error (pixels 0 to 255) on the prompts that propose, from their mean PSNR. Raises: BudgetSpent."""
