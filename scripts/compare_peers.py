@@ -19,6 +19,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -97,15 +98,18 @@ def ours(pipe: minireuse.Pipeline, text: str, steps: int, model: Path | None) ->
 
 
 def peers(ours: minireuse.Pipeline, folder: Path, steps: int) -> dict[str, Runner]:
-    """The packages, each on a pipeline of its own, since they change what they are given; the images by our VAE."""
+    """The packages, each with a U-Net of its own, since they change what they are given; the images by our VAE."""
     import tomesd
     from DeepCache import DeepCacheSDHelper
     from tgate import TgateSDDeepCacheLoader, TgateSDLoader
 
+    read = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(ours.device)
+    spacing = {"timestep_spacing": ours.schedule.spacing}
+    scheduler = diffusers.DDIMScheduler.from_config(read.scheduler.config, **spacing)
+
     def fresh(merged: float = 0) -> diffusers.StableDiffusionPipeline:
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(ours.device)
-        spacing = {"timestep_spacing": ours.schedule.spacing}
-        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, **spacing)
+        own = {"unet": deepcopy(read.unet), "scheduler": deepcopy(scheduler)}
+        pipe = diffusers.StableDiffusionPipeline(**(read.components | own), requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         return tomesd.apply_patch(pipe, ratio=merged) if merged else pipe
 
