@@ -257,8 +257,10 @@ class ReusePlan:
             for n, value in enumerate(through):  # n of them come before it
                 draft = steps[value.call]
                 draft.store.add(site)
-                draft.keep[site] = max(n, draft.keep.get(site, 0))
-                for reader in value.readers[-1:] if value != now else ():
+                if n:
+                    draft.keep[site] = max(n, draft.keep.get(site, 0))
+            for value in through[:-1]:
+                for reader in value.readers[-1:]:
                     steps[reader].last.discard(site)
             nodes = [self.positions[value.call] for value in through]
             for reader in now.readers:
@@ -295,8 +297,11 @@ class ReusePlan:
             rows = [self.grid]
         elif not all(self.guided):
             rows.append(f"{_draw(np.array(self.guided))} guided")
-        values = ("last value", "last two values", "last three values")[self.order]
-        return "\n".join(rows + [f"extrapolated from the {values} (order {self.order})"] * (self.order > 0))
+        if self.order:
+            rows.append(
+                f"extrapolated from the last {'two' if self.order == 1 else 'three'} values (order {self.order})"
+            )
+        return "\n".join(rows)
 
     def _key(self) -> tuple[Any, ...]:
         columns = {s: c.tobytes() for s, c in zip(self.sites, self.mask.T, strict=True) if c.any()}
