@@ -6,7 +6,7 @@ applied to the values of an attention:
 
 - `FloatTensor` keeps it in a floating-point type. This is all that the paper's method needs.
 - `CodedMap` and `CodedTensor` keep it in 8 bits with a scale per row.
-- `Extrapolated` is no storage of its own: two kept values, read as a point on the line through both.
+- `Extrapolated` is no storage of its own: several kept values, read as a point on the curve through all of them.
 
 Attention maps are large. They are written and applied in blocks that stay in the processor's cache. A copy of a whole
 map in another type is made only where attention is watched or gradients are asked for.
@@ -241,26 +241,30 @@ class CodedTensor(CacheTensor):
 
 @dataclass(frozen=True)
 class Extrapolated:
-    """Two kept values, applied and read as the point beyond the later one on the line through both.
+    """Kept values, the last one first, applied and read as a point on the curve through all of them.
 
-    ahead: how far beyond, in distances between the two.
-    Source: TaylorSeer, arXiv 2503.06923, first order.
+    weights: of the values before the last, in the polynomial through all; what is left to one is the last one's. By
+    differences, which are small, less is lost in half precision.
+    Source: TaylorSeer, arXiv 2503.06923, whose finite differences are these polynomials where calls are evenly apart.
     """
 
     now: CacheTensor
-    before: CacheTensor
-    ahead: float
+    before: tuple[CacheTensor, ...]
+    weights: tuple[float, ...]
 
     def apply(self, v: Tensor) -> Tensor:
-        """As `CacheTensor.apply`, by two products: they are linear in the map, so no third map is made."""
-        return self._beyond(self.now.apply(v), self.before.apply(v))
+        """As `CacheTensor.apply`, a product for each: they are linear in the map, so no further map is made."""
+        return self._beyond(self.now.apply(v), (kept.apply(v) for kept in self.before))
 
     def read(self, like: Tensor) -> Tensor:
         """As `CacheTensor.read`."""
-        return self._beyond(self.now.read(like), self.before.read(like))
+        return self._beyond(self.now.read(like), (kept.read(like) for kept in self.before))
 
-    def _beyond(self, now: Tensor, before: Tensor) -> Tensor:
-        return now + self.ahead * (now - before)
+    def _beyond(self, now: Tensor, before: Iterable[Tensor]) -> Tensor:
+        beyond = now
+        for weight, value in zip(self.weights, before, strict=True):
+            beyond = beyond + weight * (value - now)
+        return beyond
 
 
 # --- all tensors of a run -------------------------------------------------------------------------------------------
@@ -270,17 +274,22 @@ class Extrapolated:
 class Entry:
     """A kept tensor and the computation that wrote it: its dtype, and whether it was guided, so with both halves.
 
-    before: the value of the same site that was kept before it, where a line is to go through both.
+    before: the values of the same site that were kept before it, the last one first, where a curve goes through all.
     """
 
     tensor: CacheTensor
     dtype: torch.dtype
     guided: bool
-    before: CacheTensor | None = None
+    before: tuple[CacheTensor, ...] = ()
+
+    @property
+    def values(self) -> tuple[CacheTensor, ...]:
+        """All that is kept, the last one first."""
+        return self.tensor, *self.before
 
     @property
     def nbytes(self) -> int:
-        return self.tensor.nbytes + (0 if self.before is None else self.before.nbytes)
+        return sum(kept.nbytes for kept in self.values)
 
 
 class ReuseCache:
@@ -332,21 +341,20 @@ class ReuseCache:
     def load(self, site: Site, shape: Sequence[int], step: StepPlan, like: Tensor) -> CacheTensor | Extrapolated:
         """What was stored, to be applied or read; forgotten by the cache if this is its last read.
 
-        Raises: CacheError where nothing is stored, where one value is and two make a line, or where it was stored at
-        another shape, dtype or guidance layout.
+        Raises: CacheError where nothing is stored, where fewer values are than the plan goes by, or where they were
+        stored at another shape, dtype or guidance layout.
         """
         entry = self.entry(site)
-        ahead = dict(step.ahead).get(site)
-        if ahead is not None and entry.before is None:
+        weights = dict(step.weights).get(site, ())
+        if len(entry.before) < len(weights):
             raise CacheError(
-                f"only one value is cached for {site.kind} of {site.address}, but two make a line; "
-                "was this cache used for all calls of the plan?"
+                f"{site.kind} of {site.address} is extrapolated from {len(weights) + 1} values, but only "
+                f"{len(entry.values)} cached; was this cache used for all calls of the plan?"
             )
         if site in step.half and entry.guided:
             entry = _conditional(site, entry)
-        tensors = [tensor for tensor in (entry.tensor, entry.before) if tensor is not None]
         for what, stored, wanted in (
-            *(("shape", tensor.shape, tuple(shape)) for tensor in tensors),
+            *(("shape", kept.shape, tuple(shape)) for kept in entry.values),
             ("dtype", entry.dtype, like.dtype),
             ("guidance", entry.guided, step.guided),
         ):
@@ -357,9 +365,7 @@ class ReuseCache:
                 )
         if site in step.last:
             self.drop([site])
-        if ahead is None or entry.before is None:
-            return entry.tensor
-        return Extrapolated(entry.tensor, entry.before, ahead)
+        return Extrapolated(entry.tensor, entry.before, weights) if weights else entry.tensor
 
     def entry(self, site: Site) -> Entry:
         """What is kept of a site, which stays. Raises: CacheError where nothing is."""
@@ -373,10 +379,10 @@ class ReuseCache:
         self._entries[site] = entry
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
-    def take_before(self, site: Site, step: StepPlan) -> CacheTensor | None:
-        """Take out what is kept of a site that this step stores anew; it is returned where it stays beside that."""
+    def take_before(self, site: Site, step: StepPlan) -> tuple[CacheTensor, ...]:
+        """Take out what is kept of a site that this step stores anew; returned is what stays beside that."""
         entry = self._entries.pop(site, None)
-        return entry.tensor if entry is not None and site in step.keep else None
+        return () if entry is None else entry.values[: dict(step.keep).get(site, 0)]
 
     def drop(self, sites: Iterable[Site]) -> None:
         """Forget these sites."""
@@ -393,5 +399,5 @@ def _conditional(site: Site, entry: Entry) -> Entry:
     if site.kind == "eps":
         return replace(entry, guided=False)
     mean = site.kind == "out" and site.is_cross
-    before = None if entry.before is None else entry.before.half(mean=mean)
-    return replace(entry, tensor=entry.tensor.half(mean=mean), before=before, guided=False)
+    now, *before = (kept.half(mean=mean) for kept in entry.values)
+    return replace(entry, tensor=now, before=tuple(before), guided=False)

@@ -7,16 +7,16 @@ for one call is a `StepPlan`: what is reused, what is stored because a later cal
 last time. `values_of` and `ReusePlan._steps` derive it. cache.py and attention.py carry it out.
 
 Three things go beyond the paper, each in a place of its own: tensors other than maps (`Site.skips`), guidance that ends
-before the run does (`ReusePlan._across_guidance`), and extrapolation (`ReusePlan._on_lines`).
+before the run does (`ReusePlan._across_guidance`), and extrapolation (`ReusePlan._extrapolated`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ import numpy as np
 from minireuse.files import parse_json, shown
 
 KINDS = ("map", "out", "deep", "eps")
-ORDERS = (0, 1)
+ORDERS = (0, 1, 2)
 
 
 class PlanError(ValueError):
@@ -76,8 +76,9 @@ class StepPlan:
 
     Where guidance ends: guided is False if only the conditional half is computed; half are the sites it reuses that a
     guided call stored while this one is unguided.
-    Order 1: keep are the sites it stores whose value before stays beside the new one; ahead has (site, a) for each site
-    that is reused as now + a * (now - before).
+    Extrapolation: keep has (site, n) for each site it stores of which n values before stay beside the new one. weights
+    has (site, (w_1, ..., w_n)) for each site that is reused as now + w_1 (v_1 - now) + ... + w_n (v_n - now), where v_1
+    is the value before now, and v_2 the one before that.
     """
 
     reuse: frozenset[Site] = frozenset()
@@ -87,13 +88,14 @@ class StepPlan:
     explicit: bool = False
     guided: bool = True
     half: frozenset[Site] = frozenset()
-    keep: frozenset[Site] = frozenset()
-    ahead: frozenset[tuple[Site, float]] = frozenset()
+    keep: frozenset[tuple[Site, int]] = frozenset()
+    weights: frozenset[tuple[Site, tuple[float, ...]]] = frozenset()
 
     @property
     def inside(self) -> StepPlan:
         """What of this the U-Net itself does: all but keeping its prediction, which the denoiser around it does."""
-        return replace(self, store=self.store - {PREDICTION}, keep=self.keep - {PREDICTION})
+        keep = frozenset((site, n) for site, n in self.keep if site != PREDICTION)
+        return replace(self, store=self.store - {PREDICTION}, keep=keep)
 
 
 PLAIN = StepPlan()  # an ordinary U-Net call
@@ -128,7 +130,7 @@ class _Draft:
 
     def __init__(self) -> None:
         self.reuse, self.store, self.last = set[Site](), set[Site](), set[Site]()
-        self.half, self.keep, self.ahead = set[Site](), set[Site](), set[tuple[Site, float]]()
+        self.half, self.keep, self.weights = set[Site](), dict[Site, int](), dict[Site, tuple[float, ...]]()
 
     def finish(self, call: int, guided: bool) -> StepPlan:
         return StepPlan(
@@ -138,8 +140,8 @@ class _Draft:
             call=call,
             guided=guided,
             half=frozenset(self.half),
-            keep=frozenset(self.keep),
-            ahead=frozenset(self.ahead),
+            keep=frozenset(self.keep.items()),
+            weights=frozenset(self.weights.items()),
         )
 
 
@@ -147,19 +149,21 @@ class _Draft:
 class ReusePlan:
     """Which sites reuse at which calls: a boolean matrix, True = use again what this site last computed.
 
-    order: 0 uses the value as it was; 1 goes on along the line through the last two values, in proportion to the calls
-    between them (the first order of TaylorSeer, arXiv 2503.06923). A value that is the site's first, or its first since
-    guidance ended, is used as it was.
+    order: 0 uses the value as it was; 1 goes on along the line through the last two values (as TaylorSeer does, arXiv
+    2503.06923), 2 along the parabola through the last three. Where the site has fewer values, or fewer since guidance
+    ended, the curve goes through those: the first one is used as it was.
+    positions: of the calls on the axis of these curves, the numbers of the calls unless given.
 
-    Shapes: mask (S, L), read-only; guided (S,), all True unless given.
-    Raises: PlanError for a mask of another shape, a reuse in call 0, a repeated site, or another order; at its first
-    `step`, for a guided call that reuses what an unguided one computed.
+    Shapes: mask (S, L), read-only; guided (S,), all True unless given; positions (S,).
+    Raises: PlanError for a mask of another shape, a reuse in call 0, a repeated site or position, or another order; at
+    its first `step`, for a guided call that reuses what an unguided one computed.
     """
 
     mask: np.ndarray
     sites: tuple[Site, ...]
     guided: tuple[bool, ...] = field(default=())
     order: int = 0
+    positions: tuple[float, ...] = field(default=())
 
     def __post_init__(self) -> None:
         mask = np.array(self.mask, dtype=bool)  # a copy: the plan's matrix must not change under it
@@ -171,13 +175,16 @@ class ReusePlan:
         if len(set(sites)) != len(sites):
             raise PlanError("plan names a site twice; each site may have one column")
         if type(self.order) is not int or self.order not in ORDERS:
-            known = "0 (use the last value) or 1 (extrapolate from the last two)"
+            known = "0 (use the last value), or 1 or 2 (extrapolate from the last two or three)"
             raise PlanError(f"plan order is {shown(self.order)}, expected {known}")
         guided = tuple(bool(g) for g in self.guided) or (True,) * len(mask)
         if len(guided) != len(mask):
             raise PlanError(f"plan says for {len(guided)} calls whether they are guided, expected {len(mask)}")
+        positions = tuple(self.positions) or tuple(range(len(mask)))
+        if not all(map(_is_number, positions)) or not len(positions) == len(set(positions)) == len(mask):
+            raise PlanError(f"plan positions are {shown(positions)}, expected {len(mask)} different numbers")
         mask.setflags(write=False)
-        for name, value in (("mask", mask), ("sites", sites), ("guided", guided)):
+        for name, value in (("mask", mask), ("sites", sites), ("guided", guided), ("positions", positions)):
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -225,7 +232,7 @@ class ReusePlan:
                     steps[reader].reuse.add(site)
             self._across_guidance(site, values, steps)
             if self.order:
-                self._on_lines(site, values, steps)
+                self._extrapolated(site, values, steps)
         return tuple(step.finish(call, self.guided[call]) for call, step in enumerate(steps))
 
     def _across_guidance(self, site: Site, values: Sequence[Value], steps: Sequence[_Draft]) -> None:
@@ -238,16 +245,27 @@ class ReusePlan:
                     where = f"{site.kind} of {site.address}"
                     raise PlanError(f"the plan reuses {where} of unguided call {call} in a guided one")
 
-    def _on_lines(self, site: Site, values: Sequence[Value], steps: Sequence[_Draft]) -> None:
-        """Order 1: whoever reads a value also reads the one before it, which is stored and stays for that."""
-        for before, now in pairwise(values):
-            if now.readers and self.guided[before.call] == self.guided[now.call]:
-                steps[before.call].store.add(site)
-                steps[now.call].keep.add(site)
-                for reader in before.readers[-1:]:
-                    steps[reader].last.remove(site)
-                for reader in now.readers:
-                    steps[reader].ahead.add((site, (reader - now.call) / (now.call - before.call)))
+    def _extrapolated(self, site: Site, values: Sequence[Value], steps: Sequence[_Draft]) -> None:
+        """Who reads a value also reads up to `order` of those before it, which are stored and stay for that."""
+        first = 0  # of the values that may be read together: a curve does not go across the end of guidance
+        for i, now in enumerate(values):
+            if self.guided[now.call] != self.guided[values[first].call]:
+                first = i
+            through = values[max(first, i - self.order) : i + 1]  # the curve goes through these
+            if not now.readers or len(through) == 1:
+                continue
+            for n, value in enumerate(through):  # n of them come before it
+                draft = steps[value.call]
+                draft.store.add(site)
+                if n:
+                    draft.keep[site] = max(n, draft.keep.get(site, 0))
+            for value in through[:-1]:
+                for reader in value.readers[-1:]:
+                    steps[reader].last.discard(site)
+            nodes = [self.positions[value.call] for value in through]
+            for reader in now.readers:
+                *before, _ = lagrange(self.positions[reader], nodes)
+                steps[reader].weights[site] = tuple(reversed(before))
 
     def step(self, call: int) -> StepPlan:
         """What to do at one call. A site stores only if a later call reads that value."""
@@ -279,11 +297,16 @@ class ReusePlan:
             rows = [self.grid]
         elif not all(self.guided):
             rows.append(f"{_draw(np.array(self.guided))} guided")
-        return "\n".join(rows + ["extrapolated from the last two values (order 1)"] * self.order)
+        if self.order:
+            rows.append(
+                f"extrapolated from the last {'two' if self.order == 1 else 'three'} values (order {self.order})"
+            )
+        return "\n".join(rows)
 
     def _key(self) -> tuple[Any, ...]:
         columns = {s: c.tobytes() for s, c in zip(self.sites, self.mask.T, strict=True) if c.any()}
-        return self.calls, frozenset(columns.items()), self.guided, self.order if columns else 0
+        curve = (self.order, self.positions) if columns and self.order else ()
+        return self.calls, frozenset(columns.items()), self.guided, curve
 
     def __eq__(self, other: object) -> bool:
         """Equal plans do the same: columns without reuse and the order of sites do not count."""
@@ -297,9 +320,13 @@ class ReusePlan:
         reuses nothing. Raises: PlanError."""
         if self.calls != other.calls:
             raise PlanError(f"plans of {self.calls} and {other.calls} calls cannot be combined; make them equally long")
-        orders = {plan.order for plan in (self, other) if plan.mask.any()}
+        reusing = [plan for plan in (self, other) if plan.mask.any()]
+        orders = sorted({plan.order for plan in reusing})
         if len(orders) > 1:
-            raise PlanError("plans of order 0 and 1 cannot be combined; give both the same order")
+            raise PlanError("plans of order {} and {} cannot be combined; give both the same order".format(*orders))
+        curve = (reusing or [self])[0]
+        if any(plan.positions != curve.positions for plan in reusing):
+            raise PlanError("plans of other positions cannot be combined; give both the same")
         columns: dict[Site, np.ndarray] = {}
         for plan in (self, other):
             for site, column in zip(plan.sites, plan.mask.T, strict=True):
@@ -309,7 +336,7 @@ class ReusePlan:
         # What unguided calls computed lacks the unconditional half, so the first guided call after them reuses nothing.
         begins = [call for call in range(1, self.calls) if guided[call] and not guided[call - 1]]
         mask[begins] = False
-        return ReusePlan(mask, tuple(columns), guided, max(orders, default=0))
+        return ReusePlan(mask, tuple(columns), guided, curve.order if reusing else 0, curve.positions)
 
     def to_json(self) -> str:
         """Readable JSON: a string of '.' and '#' per site, under its kind and address, and how deep each site lies."""
@@ -318,6 +345,7 @@ class ReusePlan:
             drawn.setdefault(site.kind, {})[site.address] = _draw(column)
         data: dict[str, Any] = {"format": "minireuse-plan", "calls": self.calls}
         data |= {"order": self.order} if self.order else {}
+        data |= {"positions": self.positions} if self.positions != tuple(range(self.calls)) else {}
         depths = {site.address: site.depth for site in self.sites}
         return json.dumps(data | {"guided": _draw(np.array(self.guided)), "sites": drawn, "depths": depths}, indent=2)
 
@@ -333,7 +361,7 @@ class ReusePlan:
             raise PlanError(f"plan is not JSON ({error}); expected what ReusePlan.to_json writes") from None
         if not isinstance(data, Mapping) or data.get("format") != "minireuse-plan":
             raise PlanError('plan has no "format": "minireuse-plan"; expected what ReusePlan.to_json writes')
-        if unknown := set(data) - {"format", "calls", "order", "guided", "sites", "depths", "about"}:
+        if unknown := set(data) - {"format", "calls", "order", "positions", "guided", "sites", "depths", "about"}:
             raise PlanError(f"plan has the unknown field {shown(min(unknown))}; expected what ReusePlan.to_json writes")
         calls, drawn = data.get("calls"), data.get("sites")
         if not isinstance(calls, int) or isinstance(calls, bool) or not 1 <= calls <= 100_000:
@@ -352,7 +380,19 @@ class ReusePlan:
             raise PlanError(f"plan field depths does not say how deep {where} lies; read it with the model's sites")
         guided = _parse(data.get("guided", "#" * calls), calls, "guided")
         mask = np.array(list(columns.values()), dtype=bool).reshape(len(columns), calls).T
-        return cls(mask, tuple(columns), tuple(bool(g) for g in guided), data.get("order", 0))
+        positions = data.get("positions", list(range(calls)))
+        if not isinstance(positions, list) or not positions:
+            raise PlanError(f"plan field positions is {shown(positions)}, expected a list of {calls} different numbers")
+        return cls(mask, tuple(columns), tuple(bool(g) for g in guided), data.get("order", 0), tuple(positions))
+
+
+def lagrange(x: float, nodes: Sequence[float]) -> tuple[float, ...]:
+    """What the value at each node counts, at x, in the polynomial through the values at all of them."""
+    return tuple(math.prod((x - other) / (node - other) for other in nodes if other != node) for node in nodes)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
 
 
 def _draw(row: np.ndarray) -> str:

@@ -29,6 +29,7 @@ from minireuse.common.journal import Journal
 from minireuse.common.metrics import fidelity
 from minireuse.common.status import exit_status
 from minireuse.evaluate.command import SEED, picture, save_pictures
+from minireuse.evaluate.report import markdown
 from minireuse.files import parse_json, read_prompts, shipped_model, write_whole
 from minireuse.guidance import guided_denoise
 from minireuse.plan import ReusePlan
@@ -136,11 +137,6 @@ def measure(args: argparse.Namespace, pipe: minireuse.Pipeline, prompts: list[st
 # --- tables and the plot ----------------------------------------------------------------------------------------------
 
 
-def rows(head: list[str], body: list[list[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *body]) + "\n"
-
-
 def table(found: Found) -> str:
     """One table for each spacing: mean PSNR in dB, a row for each number of calls."""
     parts = []
@@ -148,7 +144,7 @@ def table(found: Found) -> str:
         calls = sorted({n for values in solvers.values() for n in values})
         names = [name for name in (*OURS, THEIRS) if name in solvers]
         body = [[str(n), *(f"{np.mean(solvers[s][n]):.1f}" if n in solvers[s] else "" for s in names)] for n in calls]
-        parts.append(f"### {spacing}\n\n" + rows(["calls", *(f"`{name}`" for name in names)], body))
+        parts.append(f"### {spacing}\n\n" + markdown(["calls", *(f"`{name}`" for name in names)], body))
     return "\n".join(parts)
 
 
@@ -181,13 +177,13 @@ def summary(found: Found) -> str:
         [f"`{name}`", *(close_from(solvers.get(name, {}), solvers["ddim"]) for solvers in found.values())]
         for name in names
     ]
-    text = rows([f"at most {CLOSE} dB below `ddim` from", *(f"`{s}`" for s in found)], kept)
+    text = markdown([f"at most {CLOSE} dB below `ddim` from", *(f"`{s}`" for s in found)], kept)
     lines = []
     for n in sorted({n for solvers in found.values() for values in solvers.values() for n in values}):
         (ours, our_name), (theirs, their_name) = best(found, n, set(OURS)), best(found, n, {THEIRS})
         if np.isfinite(ours) and np.isfinite(theirs):
             lines.append([str(n), our_name, f"{ours:.1f}", their_name, f"{theirs:.1f}", f"{ours - theirs:+.1f}"])
-    return text + "\n" + rows(["calls", "best of ours", "dB", "best of diffusers' 2M", "dB", "difference"], lines)
+    return text + "\n" + markdown(["calls", "best of ours", "dB", "best of diffusers' 2M", "dB", "difference"], lines)
 
 
 def plot(found: Found, path: Path) -> None:

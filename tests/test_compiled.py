@@ -54,12 +54,12 @@ def quick(unet: UNet) -> CompiledUNet:
     return CompiledUNet(unet, backend="eager")
 
 
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize(("kind", "dtype"), [("map", torch.uint8), ("out", torch.float16), ("deep", torch.float32)])
 def test_compiled_calls_equal_eager_ones(
     unet: UNet, quick: CompiledUNet, kind: str, dtype: torch.dtype, order: int
 ) -> None:
-    # A storing and a reusing call in turn; the first that reuses has one value, the others of order 1 have two.
+    # A storing and a reusing call in turn; the first that reuses has one value, the next has two where order is not 0.
     plan = replace(interval(CALLS, select(unet.sites, kind=kind)[-2:], k=3), order=order)
     eager, own = ReuseCache(dtype), ReuseCache(dtype)
     expected = outputs(unet, unet, plan, eager)
@@ -95,7 +95,7 @@ def test_how_far_a_line_goes_on_makes_no_other_graph(unet: UNet, quick: Compiled
     row = np.array([c == "#" for c in "..###.###.##"])
     plan = ReusePlan.stepwise(row, select(unet.sites, kind="out")[:2], order=1)
     plan = replace(plan, guided=(True,) * 10 + (False,) * 2)
-    assert len({step.ahead for step in map(plan.step, range(plan.calls)) if step.ahead}) == 6
+    assert len({step.weights for step in map(plan.step, range(plan.calls)) if step.weights}) == 6
     for given, wanted in zip(
         outputs(unet, quick, plan, ReuseCache()), outputs(unet, unet, plan, ReuseCache()), strict=True
     ):
@@ -104,7 +104,7 @@ def test_how_far_a_line_goes_on_makes_no_other_graph(unet: UNet, quick: Compiled
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("order", [0, 1, 2])
 def test_cuda_graphs_read_and_write_fixed_addresses(unet: UNet, order: int) -> None:
     own = UNet(SMALLEST_UNET)
     own.load_state_dict(unet.state_dict())

@@ -20,6 +20,7 @@ from minireuse.unet import UNet
 
 PLANS = ["hurry", "interval", "hurry:kind=out,sites=self", "deepcache", "tgate", "pab", "hurry:k=2|deepcache:every=3"]
 PLANS += ["interval:order=1", "deepcache:order=1", "tgate:order=1,gate=4"]
+PLANS += ["interval:order=2,k=2", "deepcache:order=2,every=3", "interval:kind=eps,order=2,k=2", "hurry:order=2,k=2"]
 CASES = dict.fromkeys([*zip(PLANS, itertools.cycle(DTYPES), strict=False), *(("hurry", dtype) for dtype in DTYPES)])
 
 

@@ -236,6 +236,8 @@ def test_refill_names_the_calls_that_stored_what_is_still_read() -> None:
     assert refill(replace(plan(".#.#.#.#"), order=1), 7) == {4, 6}
     assert refill(replace(plan(".#.#.#.#"), order=1), 3) == {0, 2}
     assert refill(replace(plan("..##.#"), order=1), 4) == {1}  # beside what call 4 will compute
+    assert refill(replace(plan(".#.#.#.#"), order=2), 7) == {2, 4, 6}
+    assert refill(replace(plan("..##.#"), order=2), 4) == {0, 1}
 
 
 @pytest.mark.parametrize(
@@ -264,7 +266,11 @@ def test_shared_beginnings_change_no_bit(pipeline: minireuse.Pipeline, sampler: 
     guided = (True, False, *[True] * (calls - 2))
     plans += [ReusePlan.stepwise([i in at for i in range(calls)], outs) for at in ((1,), (1, 2))]
     plans[-2:] = [replace(plan, guided=guided) for plan in plans[-2:]]
-    plans += [replace(plan, order=1) for plan in (interval(calls, sites, k=calls // 2), plans[2], first, plans[-1])]
+    plans += [
+        replace(plan, order=order)
+        for order in (1, 2)
+        for plan in (interval(calls, sites, k=calls // 2), plans[2], first, plans[-1])
+    ]
     plans += [first]
     for plan in plans:
         made = render.calls

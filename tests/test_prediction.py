@@ -67,6 +67,10 @@ def test_order_1_goes_on_along_the_line_through_two_predictions(pipeline: minire
     pipeline.generate("an oak", steps=5, plan=held("..#.#", order=1), wrap=keep)
     torch.testing.assert_close(seen[2], 2 * seen[1] - seen[0])
     torch.testing.assert_close(seen[4], seen[3] + (seen[3] - seen[1]) / 2)
+    seen.clear()
+    pipeline.generate("an oak", steps=6, plan=held("...#.#", order=2), wrap=keep)
+    torch.testing.assert_close(seen[3], 3 * seen[2] - 3 * seen[1] + seen[0])
+    torch.testing.assert_close(seen[5], 2 * seen[4] - 2 * seen[2] + seen[1])  # through calls 1, 2 and 4, at 5
 
 
 def test_nothing_else_is_read_where_the_prediction_is(pipeline: minireuse.Pipeline) -> None:

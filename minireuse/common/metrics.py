@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 PEAK = 255.0
+WINDOW = 11  # pixels: the side of SSIM's windows
 CEILING = 100.0  # dB counted in means for an image equal to its reference, whose PSNR is infinite
 
 
@@ -39,10 +40,10 @@ def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
     Source: Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity", section III.
     """
     _require_alike(images, references)
-    if min(images.shape[1:3]) < 11:
-        raise ValueError(f"images are {images.shape[2]}x{images.shape[1]}, SSIM needs 11x11 pixels or more")
+    if min(images.shape[1:3]) < WINDOW:
+        raise ValueError(f"images are {images.shape[2]}x{images.shape[1]}, SSIM needs {WINDOW}x{WINDOW} pixels or more")
     x, y = (torch.from_numpy(a).permute(0, 3, 1, 2).double() for a in (images, references))
-    taps = torch.exp(-0.5 * ((torch.arange(11, dtype=torch.float64) - 5) / 1.5) ** 2)
+    taps = torch.exp(-0.5 * ((torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2) / 1.5) ** 2)
     taps /= taps.sum()
 
     def blur(a: torch.Tensor) -> torch.Tensor:

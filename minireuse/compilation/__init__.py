@@ -22,8 +22,8 @@ from minireuse.plan import PLAIN, Site, StepPlan
 from minireuse.unet import UNet
 
 Parts = tuple[Tensor, Tensor | None]  # of a `CacheTensor`: values or codes, and the scale of codes
-Read = Sequence[Sequence[Parts]]  # of each entry: the value, and the one before it where both are kept
-Inputs = tuple[Tensor, Tensor, Mapping[str, KV], Read, Sequence[Tensor]]
+Read = Sequence[Sequence[Parts]]  # of each entry: the value, and those before it that are kept
+Inputs = tuple[Tensor, Tensor, Mapping[str, KV], Read, Sequence[Sequence[Tensor]]]
 Graph = Callable[..., tuple[Tensor, list[Parts]]]  # of `Inputs`
 
 
@@ -39,18 +39,19 @@ class Call(nn.Module):
         self.options = cache.dtype, cache.device
 
     def forward(
-        self, x: Tensor, t: Tensor, text: Mapping[str, KV], read: Read, ahead: Sequence[Tensor]
+        self, x: Tensor, t: Tensor, text: Mapping[str, KV], read: Read, weights: Sequence[Sequence[Tensor]]
     ) -> tuple[Tensor, list[Parts]]:
         """Shapes: as in `UNet.forward`; what is read and what is stored in the order of the sites.
 
-        ahead: how far beyond the last value, of the sites that make a line: no constant, or each place had its graph.
+        weights: of the sites that are extrapolated: no constants, or each place had its graph.
         """
         cache = ReuseCache(*self.options)
         for (site, entry), parts in zip(self.read.items(), read, strict=True):
             kept, *before = (_kept(site, *part) for part in parts)
-            cache.put(site, replace(entry, tensor=kept, before=before[0] if before else None))
-        lines = zip(sorted(site for site, _ in self.step.ahead), cast(Sequence[float], ahead), strict=True)
-        y = self.unet(x, t, TextKV(text), replace(self.step, ahead=frozenset(lines)), cache)
+            cache.put(site, replace(entry, tensor=kept, before=tuple(before)))
+        given = cast(Sequence[tuple[float, ...]], map(tuple, weights))
+        curves = zip(sorted(site for site, _ in self.step.weights), given, strict=True)
+        y = self.unet(x, t, TextKV(text), replace(self.step, weights=frozenset(curves)), cache)
         return y, [_parts(cache.entry(site).tensor) for site in sorted(self.step.store)]
 
 
@@ -88,12 +89,13 @@ class CompiledUNet:
         if watch is not None:
             raise ValueError("a compiled U-Net does not show its attention; use the U-Net as it is to watch it")
         read = {site: cache.entry(site) for site in sorted(step.reuse)}
-        parts = [[_parts(kept) for kept in (e.tensor, e.before) if kept is not None] for e in read.values()]
+        parts = [list(map(_parts, entry.values)) for entry in read.values()]
         time = torch.full((1,), float(t), device=x.device)
-        lines = dict(step.ahead)
-        ahead = [torch.full((), lines[site], device=x.device) for site in sorted(lines)]
+        curves = sorted(step.weights)
+        weights = [[torch.full((), weight, device=x.device) for weight in given] for _, given in curves]
         # What is forgotten or stays makes no other graph, nor does how far ahead a value is read.
-        same = replace(step, call=0, last=frozenset(), keep=frozenset(), ahead=frozenset((site, 0.0) for site in lines))
+        alike = frozenset((site, (0.0,) * len(given)) for site, given in curves)
+        same = replace(step, call=0, last=frozenset(), keep=frozenset(), weights=alike)
         stored = tuple(
             (entry.dtype, entry.guided, _layout(*itertools.chain(*held)))
             for entry, held in zip(read.values(), parts, strict=True)
@@ -101,16 +103,19 @@ class CompiledUNet:
         key = (same, stored, _layout(x, *next(iter(context.kv.values()))), cache.dtype, cache.device)
         try:
             if key not in self.graphs:
-                self.graphs[key] = self._trace(Call(self.unet, same, read, cache), (x, time, context.kv, parts, ahead))
-            y, made = self.graphs[key](x, time, context.kv, parts, ahead)  # compiles at the first time
+                self.graphs[key] = self._trace(
+                    Call(self.unet, same, read, cache), (x, time, context.kv, parts, weights)
+                )
+            y, made = self.graphs[key](x, time, context.kv, parts, weights)  # compiles at the first time
         except _compile_errors() as error:
             why = reason(getattr(error, "inner_exception", error))
             raise ValueError(f"the U-Net cannot be compiled here ({why}); leave out --compile") from None
         for site, new in zip(sorted(step.store), made, strict=True):
-            before = cache.take_before(site, step)
-            if before is not None:  # it moves out of its room before that is filled anew
-                before = self._settle(site, "before", *_parts(before))
-            cache.put(site, Entry(self._settle(site, "now", *new), x.dtype, step.guided, before))
+            values = [new, *map(_parts, cache.take_before(site, step))]
+            # The oldest first: each moves out of its room before that is filled anew.
+            settled = [self._settle(site, age, *values[age]) for age in reversed(range(len(values)))]
+            *before, now = settled
+            cache.put(site, Entry(now, x.dtype, step.guided, tuple(reversed(before))))
         cache.drop(step.last)
         return y.clone() if y.is_cuda else y  # the next replay of a CUDA graph writes over what this one returned
 
@@ -119,10 +124,10 @@ class CompiledUNet:
         mode = "reduce-overhead" if inputs[0].is_cuda else None  # CUDA graphs: one launch for a whole call
         return torch.compile(graph, fullgraph=True, dynamic=False, backend=self.backend, mode=mode)
 
-    def _settle(self, site: Site, name: str, values: Tensor, scale: Tensor | None) -> CacheTensor:
+    def _settle(self, site: Site, age: int, values: Tensor, scale: Tensor | None) -> CacheTensor:
         """What a call has stored, where CUDA graphs may read it: always at the same address."""
-        settled = None if scale is None else self._place((site, name, "scale"), scale)
-        return _kept(site, self._place((site, name, "values"), values), settled)
+        settled = None if scale is None else self._place((site, age, "scale"), scale)
+        return _kept(site, self._place((site, age, "values"), values), settled)
 
     def _place(self, name: object, value: Tensor) -> Tensor:
         if not value.is_cuda:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,14 @@ def table(summary: dict[str, dict[str, Any]]) -> str:
         lines.append([f"`{escaped}`", *(_cell(write, row) for write in columns.values())])
     used = [i for i in range(len(columns) + 1) if any(line[i] for line in lines)]
     head = ["", *columns]
-    drawn = [[head[i] for i in used], ["---"] * len(used), *([line[i] for i in used] for line in lines)]
+    drawn = markdown([head[i] for i in used], [[line[i] for i in used] for line in lines])
     notes = [f"`{name}`: {row['note']}" for name, row in summary.items() if row["note"]]
-    return "\n".join(["| " + " | ".join(cells) + " |" for cells in drawn] + ["", *notes]) + "\n"
+    return drawn + "\n".join(["", *notes]) + "\n"
+
+
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *body]) + "\n"
 
 
 def _cell(write: Callable[[dict[str, Any]], str], row: dict[str, Any]) -> str:

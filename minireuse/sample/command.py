@@ -6,9 +6,11 @@ import argparse
 import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ from tqdm import tqdm
 
 from minireuse.attention import Watch
 from minireuse.cache import ReuseCache
+from minireuse.common.metrics import WINDOW
 from minireuse.common.options import count_of, mebibytes, parse_bytes, spacing_of
 from minireuse.common.status import exit_status
 from minireuse.files import digest_of, write_whole
 from minireuse.pipeline import Pipeline, Result, load
 from minireuse.plan import ReusePlan
 from minireuse.policies import select
+from minireuse.sample.compare import Comparison, summary
 from minireuse.sample.maps import MapRecorder, words_of
 from minireuse.sample.memory import CacheShape, advice_on_memory, within_budget
 from minireuse.sample.options import sample_parser
@@ -55,6 +59,8 @@ def show(args: argparse.Namespace, report: dict[str, Any]) -> None:
         files = report["images"][0] if len(report["images"]) == 1 else f"{len(report['images'])} images"
         peak = mebibytes(report["cache_peak_bytes"])
         print(f"{report['seconds']:.2f} s, {calls} calls ({reused} reused), cache peak {peak}, {files}")
+    if args.compare and not args.quiet:
+        print(summary(report), file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -83,6 +89,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         guided=settings.guidance_scale != 1,
         dtype=getattr(torch, settings.cache_dtype),
     )
+    if args.compare:
+        check_comparison(plan, pipeline.vae.config.factor * min(shape.size))
     if args.dry_run:
         return shape.report(pipeline.unet, plan)
     if args.cache_budget is not None:
@@ -98,9 +106,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         pipeline.compiled = CompiledUNet(pipeline.unet)
     seconds, peak, written = 0.0, 0, list[Path]()
-    steps = len(pipeline.timesteps(settings.steps, strength)) * len(settings.batches)
+    full = ReusePlan.nothing(calls)
+    compared = Comparison(settings.policy) if args.compare else None
+    runs = len(settings.batches) if compared is None else 2 * (1 + len(settings.batches))
+    steps = len(pipeline.timesteps(settings.steps, strength)) * runs
     hidden = args.quiet or args.json
     with tqdm(total=steps, desc=plan.grid or "reuse by site", unit="step", disable=hidden, dynamic_ncols=True) as bar:
+        painted = partial(paint, settings, pipeline, init_image, on_step=lambda step: bar.update())
+        for warmup in (plan, full) if compared is not None else ():
+            with advice_on_memory(pipeline.unet, plan, shape):
+                painted(settings.batches[0], warmup)
         for number, batch in enumerate(settings.batches):
             recorder = None
             if args.save_maps is not None:
@@ -108,14 +123,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 sites = select(pipeline.sites, settings.sites or "both")
                 recorder = MapRecorder(args.save_maps, sites, words, first=len(written))
             with advice_on_memory(pipeline.unet, plan, replace(shape, batch=len(batch))):
-                result = paint(settings, pipeline, init_image, batch, plan, recorder, lambda step: bar.update())
+                result = painted(batch, plan, recorder)
             if recorder is not None:
                 recorder.finish(result.images, (result.latents.shape[2], result.latents.shape[3]))
             seconds, peak = seconds + result.seconds, max(peak, result.cache_peak_bytes)
+            pictures = dict[int, Path]()
             for place, image in enumerate(result.images):
                 if number * settings.batch_size + place in settings.wanted:
                     png = to_png(image, replace(recipe, jobs=batch, place=place, tokens=tokens[number]))
-                    written.append(write_whole(next_target(), png, overwrite=args.overwrite))
+                    pictures[place] = write_whole(next_target(), png, overwrite=args.overwrite)
+            written += pictures.values()
+            if compared is not None:
+                compared.add(pictures, result, painted(batch, full), overwrite=args.overwrite)
     return {
         "images": [str(path) for path in written],
         "seconds": seconds,
@@ -130,6 +149,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "timesteps": pipeline.timesteps(settings.steps, strength),
         "seeds": list(dict.fromkeys(settings.jobs[i][1] for i in settings.wanted)),
         "model": settings.model_name,
+        **({} if compared is None else {"compare": compared.report()}),
     }
 
 
@@ -177,6 +197,14 @@ def make_plan(settings: Settings, pipeline: Pipeline, calls: int) -> ReusePlan:
         latency=settings.latency,
         policies=policies,
     )
+
+
+def check_comparison(plan: ReusePlan, side: int) -> None:
+    """Raises: ValueError where `--compare` has nothing to compare, or a picture of this shorter side is too small."""
+    if plan == ReusePlan.nothing(plan.calls):
+        raise ValueError("--compare needs a plan that reuses something, and this is the full sampler; name a --policy")
+    if side < WINDOW:
+        raise ValueError(f"--compare needs images of {WINDOW}x{WINDOW} pixels or more; give a larger size")
 
 
 def paint(

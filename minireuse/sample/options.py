@@ -74,6 +74,8 @@ def sample_parser() -> argparse.ArgumentParser:
     out.add_argument("--out", type=Path, metavar="PATH", help="file for one image, folder for several")
     maps_help = "also write every attention map as a picture into this folder"
     out.add_argument("--save-maps", type=Path, metavar="DIR", help=maps_help)
+    compare_help = "also run the full sampler, warmed up; tell PSNR, SSIM and the share of time; write NAME-compare.png"
+    out.add_argument("--compare", action="store_true", help=compare_help)
     out.add_argument("--overwrite", action="store_true", help="replace files instead of taking the next free number")
     dry_help = "print how much the cache will hold and stop; reads weights only for phast"
     out.add_argument("--dry-run", action="store_true", help=dry_help)

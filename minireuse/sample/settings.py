@@ -20,7 +20,8 @@ from minireuse.samplers import SAMPLERS
 from minireuse.search import takes_sites
 
 # What may be given beside --from-png: where things lie, and what is done with the picture.
-FREE = {"from_png", "out", "overwrite", "json", "quiet", "device", "model", "tokenizer", "save_maps", "dry_run"}
+FREE = {"from_png", "out", "overwrite", "json", "quiet", "device", "model", "tokenizer"}
+FREE |= {"save_maps", "compare", "dry_run"}
 FREE |= {"compile"}  # where nothing can be compiled now
 FREE |= {"init_image", "lora"}  # they may lie elsewhere now, but have to be the same ones
 
@@ -85,6 +86,9 @@ def read_settings(args: argparse.Namespace) -> Settings:
         raise ValueError(f"--save-maps {args.save_maps} is not empty; name a new folder")
     if args.save_maps is not None and settings.compile:
         raise ValueError("--save-maps cannot see maps inside compiled graphs; leave out --save-maps or --compile")
+    if args.compare and (args.dry_run or args.save_maps is not None):
+        other = "--dry-run" if args.dry_run else "--save-maps"
+        raise ValueError(f"--compare times a run as it usually is, and {other} makes it another; leave out one of both")
     if args.dry_run and args.cache_budget is not None:
         raise ValueError("--cache-budget needs the model's weights and --dry-run does not read them; leave out one")
     if settings.batch_size < 1:

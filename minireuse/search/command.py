@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--branch", type=int, default=0, help=branch_help)
     start_help = "the plan that a search with --reuse begins at"
     p.add_argument("--start", choices=STARTS, default="hurry", help=start_help)
-    order_help = "1: extrapolate along the line through the last two values"
+    order_help = "1: extrapolate along the line through the last two values; 2: along the parabola through three"
     p.add_argument("--order", type=int, choices=ORDERS, default=0, help=order_help)
     add_guidance_option(p)
     p.add_argument("--prompts-file", type=Path, help="calibration prompts, one per line; default: the shipped model's")

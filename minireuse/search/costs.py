@@ -70,7 +70,7 @@ def measure(
 ) -> Costs:
     """Time guided calls for one image: plain, storing and reusing each group, in turn.
 
-    size: of the latents; None is the model's own. order: of the plans; of order 1 a call reads two values.
+    size: of the latents; None is the model's own. order: of the plans; a call reads one value more than that.
     Machines are noisy: the kinds of call alternate, and of what a group adds in each round the median counts.
     """
     config = pipeline.unet.config
@@ -85,12 +85,12 @@ def measure(
     def store(sites: frozenset[Site]) -> float:
         cache.clear()
         for _ in range(order):  # values that are already there when the timed one comes
-            seconds(StepPlan(store=sites))
-        return seconds(StepPlan(store=sites, keep=sites))
+            seconds(StepPlan(store=sites, keep=frozenset((site, order) for site in sites)))
+        return seconds(StepPlan(store=sites, keep=frozenset((site, order) for site in sites)))
 
     def reuse(sites: frozenset[Site]) -> float:
-        ahead = frozenset((site, 1.0) for site in sites) if order else frozenset()
-        return seconds(StepPlan(reuse=sites, ahead=ahead))
+        weights = frozenset((site, (1.0,) * order) for site in sites) if order else frozenset()
+        return seconds(StepPlan(reuse=sites, weights=weights))
 
     works: dict[tuple[str, int], Callable[[], float]] = {("plain", 0): partial(seconds, PLAIN)}
     for g, group in enumerate(groups):

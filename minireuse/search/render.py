@@ -26,7 +26,9 @@ def refill(plan: ReusePlan, first: int) -> set[int]:
 
     A call that stores may itself read what an earlier one stored, so this goes backwards.
     """
-    wanted: dict[Site, int] = {}  # how many of the site's last values are still to be read: two where they make a line
+    wanted: dict[
+        Site, int
+    ] = {}  # how many of the site's last values are still to be read: several where they make a curve
     again = set()
     for call in reversed(range(plan.calls)):
         step = plan.step(call)
@@ -36,9 +38,9 @@ def refill(plan: ReusePlan, first: int) -> set[int]:
             again.add(call)
         for site in step.store:
             wanted[site] = max(0, wanted.get(site, 0) - 1)
-        lines = dict(step.ahead)
+        weights = dict(step.weights)
         for site in step.reuse:
-            wanted[site] = max(wanted.get(site, 0), 2 if site in lines else 1)
+            wanted[site] = max(wanted.get(site, 0), 1 + len(weights.get(site, ())))
     return again
 
 
