@@ -4,10 +4,10 @@
 # # An hour with reuse
 #
 # A diffusion model paints a picture by calling one U-Net many times; here it makes 20 calls. From one call to the next
-# the latents change a little, so much of what a call computes was computed a moment ago. This notebook follows one
-# idea from there: **keep a tensor at one call and use it again at the next.** The tensors are first of all attention
-# maps, as in the paper on HURRY and PHAST ([arXiv 2401.01008](https://arxiv.org/abs/2401.01008)), and later cheaper
-# ones.
+# the latents change a little, so perhaps a good part of what a call computes was computed a moment ago. This notebook
+# follows one idea from there: **keep a tensor at one call and use it again at the next.** The tensors are first of all
+# attention maps, as in the paper on HURRY and PHAST ([arXiv 2401.01008](https://arxiv.org/abs/2401.01008)), and later
+# others.
 #
 # You should know what a U-Net and attention are. Everything runs on a small model of landscapes that comes with the
 # package. Each number in a sentence is computed by the cell above it: run the notebook, and the sentences follow what
@@ -88,8 +88,8 @@ say("The guess is this close to the final picture, in dB: ")
 say(" · ".join(f"call {call}: **{value:.1f}**" for call, value in zip(shown[:-1], closeness, strict=False)))
 
 # %% [markdown]
-# Guidance doubles the work: each call runs the U-Net on a batch of two, once without the prompt and once with it, and
-# goes beyond the second by as much as the two differ.
+# Guidance doubles the work: each call runs the U-Net on a batch of two, once without the prompt and once with it. The
+# answer lies on the line from the first to the second, far beyond the second.
 #
 # ## 2. Where the time goes
 #
@@ -379,8 +379,8 @@ labels = {".": "computes, keeps nothing", "S": "S computes and stores", "R": "R 
 draw({name: life(plan, maps[0]) for name, plan in plans.items()}, colours, labels)
 
 # %% [markdown]
-# The cache is a dictionary that the caller owns. The curve shows the bytes it holds after each call, for the two
-# pictures of section 5. They can be told from the shapes of the maps alone: both halves of the guided batch, all heads,
+# The cache is a dictionary that the caller owns. The bars show the bytes it holds after each call, for the two pictures
+# of section 5. They can be told from the shapes of the maps alone: both halves of the guided batch, all heads,
 # places times places or tokens, two bytes for each number in float16.
 
 # %%
@@ -476,10 +476,10 @@ say(f"Writing all maps out makes a plain call take {explicit:.2f} times as long 
 # %% [markdown]
 # ## 8. Extrapolation
 #
-# A held tensor is one call old, or more. If it has been moving along a line, the line through its *last two* values is
-# a better guess at where it is now (order 1; TaylorSeer, [arXiv 2503.06923](https://arxiv.org/abs/2503.06923)). The
-# left picture follows one number of one map: how much the place of the house looks at the word "house". Squares are
-# calls that compute under an even plan.
+# A held tensor is one call old, or more. If it moves along a line, the line through its *last two* values tells where
+# it is now (order 1; TaylorSeer, [arXiv 2503.06923](https://arxiv.org/abs/2503.06923)). The left picture follows one
+# number of one map: how much the place of the house looks at the word "house". Squares are calls that compute under an
+# even plan.
 
 # %%
 trace = np.array([kept[CROSS, call][house, tokens["house"]].sum() for call in range(STEPS)])
@@ -645,13 +645,12 @@ for which in ("self", "cross"):
     say(f"HURRY over {which}-attention alone: {psnr(got, reference)[0]:.1f} dB, with {share_of:.0%} of the bytes.")
 
 # %%
-say(
-    f"This notebook took {(time.perf_counter() - began) / 60:.1f} minutes here, with {torch.get_num_threads()} threads."
-)
+say(f"This notebook took {(time.perf_counter() - began) / 60:.1f} minutes (threads: {torch.get_num_threads()}).")
 
 # %% [markdown]
 # ## Where to go from here
 #
+# - [A page to play with](explorer.html): open it in a browser, choose which calls reuse, and see the picture.
 # - [The method in a hundred lines](reuse_in_100_lines.py): the same without the package's mechanism, to read.
 # - [How it works, in diagrams](how-it-works.md): the branches of a call, and the life of a cache entry.
 # - `plan.py`, `cache.py` and `attention.py` in `minireuse/`, in this order: what you have seen here, in code.
