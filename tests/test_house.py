@@ -66,6 +66,18 @@ def test_the_front_room_needs_no_workshop_and_a_workshop_of_others_only_what_the
     assert broken == []
 
 
+def test_the_diagram_of_the_rooms_has_the_imports_that_there_are() -> None:
+    text = (PACKAGE.parent / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    rooms = {*WORKSHOPS, *SHARED, "compilation", "joined"}
+    arrows = re.findall(r"^ *(\w+)(?:\[.*?\])? -\.?->(?:\|.*?\|)? (\w+)", text.split("How the rooms")[1], re.MULTILINE)
+    drawn = {(a, b) for a, b in arrows if {a, b} <= rooms}
+    found = set()
+    for here, tree in TREES.items():
+        others = [name.split(".")[1] for name in imported(tree) if name.startswith("minireuse.")]
+        found |= {(room(here) or "joined", other) for other in others if (PACKAGE / other).is_dir()}
+    assert drawn == {(a, b) for a, b in found if a != b}
+
+
 def entered_on_demand(here: Path) -> set[str]:
     """What the command line imports inside the function that handles `--compile`: nobody else pays for that room."""
     if here != PACKAGE / "sample" / "command.py":
