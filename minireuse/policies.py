@@ -344,34 +344,30 @@ def fit(
 ) -> np.ndarray:
     """A plan with k reuse calls out of `calls` whose reuse lies where it does in `row`.
 
-    Where the timesteps of both are known, it lies at the same timesteps; else at the same share of the calls.
+    Where the timesteps of both are known, each call does what `row` does at the nearest one, and where that gives
+    another number of reuse calls they are spread over the same calls. Else they lie at the same share of the calls.
     Shapes: row and row_timesteps (S',), timesteps (calls,) -> (calls,). A run that is the same gives the row itself.
     """
+    if len(row_timesteps) and len(timesteps):
+        row = _by_timestep(row, row_timesteps, timesteps)
     places = np.flatnonzero(row)
     if not len(places):
         places = np.array([len(row) - 1])
     # Spread the k over the row's reuse calls, each of which stands for its part of the run.
     share = (np.arange(k) + 0.5) / max(k, 1) * len(places)
-    wanted = places[share.astype(int)] + share % 1  # in calls of the row
-    if len(row_timesteps) and len(timesteps) and tuple(row_timesteps) != tuple(timesteps):
-        wanted = _at_the_same_time(wanted, row_timesteps, timesteps)
-    else:
-        wanted = wanted / len(row) * calls
+    wanted = (places[share.astype(int)] + share % 1) / len(row)
     fitted = np.zeros(calls, dtype=bool)
     last = 0
-    for j, place in enumerate(np.floor(wanted).astype(int)):
+    for j, place in enumerate(np.floor(wanted * calls).astype(int)):
         last = min(max(place, last + 1), calls - k + j)  # in order, never call 0, with room for those to come
         fitted[last] = True
     return fitted
 
 
-def _at_the_same_time(places: np.ndarray, timesteps: Sequence[float], others: Sequence[float]) -> np.ndarray:
-    """Places among calls at `timesteps`, as places among calls at `others`. A call stands for the time until the next.
-
-    Units: calls; 2.5 is half-way between the timesteps of calls 2 and 3.
-    """
-    times = np.interp(places, np.arange(len(timesteps) + 1), [*timesteps, 0])
-    return np.interp(-times, -np.array([*others, 0]), np.arange(len(others) + 1))
+def _by_timestep(row: Sequence[bool], row_timesteps: Sequence[float], timesteps: Sequence[float]) -> list[bool]:
+    """What `row` does at the timesteps nearest to those of another run, whose first call computes."""
+    nearest_calls = np.abs(np.subtract.outer(np.array(timesteps), np.array(row_timesteps))).argmin(axis=1)
+    return [False, *(row[call] for call in nearest_calls[1:])]
 
 
 def _require_whole(name: str, value: float, least: int, most: int | None = None) -> None:

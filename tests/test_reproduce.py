@@ -8,16 +8,16 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import claims
 import numpy as np
 import pytest
 import torch
+from claims import Neighbours, Perturber, Study
 
 import minireuse
 from minireuse.policies import interval, select
 
-import claims
 import reproduce
-from claims import Neighbours, Perturber, Study
 
 PROMPTS = ["a red house", "a lake", "a blue house", "an oak"]
 

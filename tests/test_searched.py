@@ -119,23 +119,24 @@ def fitted_grid(grid: str, calls: int, k: int) -> str:
 
 
 def test_a_plan_is_carried_over_by_timestep(tmp_path: Path) -> None:
-    """A call stands for the time until the next one: the call of the other run that holds its middle reuses."""
+    """Each call does what the plan does at the nearest timestep."""
     leading, trailing = tuple(range(951, 0, -50)), tuple(range(999, 0, -50))
-    # Call i of `leading` begins at 951 - 50 i, where call i + 1 of `trailing` does. Its last two calls are one there.
+    # Call i of `leading` is at 951 - 50 i, and so is call i + 1 of `trailing`, but for 2. Its last call has none there.
     for grid, k, carried in (
         (".....#.......#......", 2, "......#.......#....."),
         ("........#.###.######", 10, ".........#.#########"),
     ):
         fitted = fit(row(grid), 20, k, leading, trailing)
         assert "".join(".#"[int(c)] for c in fitted) == carried
-    early = (900, 800, 700, 600, 500, 100)  # five of six calls in the first half of the time
-    assert "".join(".#"[int(c)] for c in fit(row("....##"), 10, 2, early, tuple(range(950, 0, -100)))) == "......#..#"
+    assert fit(row("......#..##.####.###"), 10, 5, leading, leading[1::2]).tolist() == list(row("....#.####"))
+    early = (900, 800, 700, 600, 500, 100)  # calls 5 to 9 of the other run are nearest to its last two
+    assert "".join(".#"[int(c)] for c in fit(row("....##"), 10, 2, early, tuple(range(950, 0, -100)))) == "......#.#."
     written(tmp_path / "plans", "a.json", "....##")
     data = json.loads((tmp_path / "plans" / "a.json").read_text())
     (tmp_path / "plans" / "a.json").write_text(json.dumps(data | {"timesteps": early}))
     policy = partial(phast, plans=plans_of(tmp_path), model="aa", timesteps=tuple(range(950, 0, -100)))
     with pytest.warns(UserWarning, match="scaled to this run"):
-        assert policy(10, MAPS, k=2).grid == "......#..#"
+        assert policy(10, MAPS, k=2).grid == "......#.#."
     with pytest.warns(UserWarning, match="scaled to this run"):
         assert partial(phast, plans=plans_of(tmp_path), model="aa")(10, MAPS, k=2).grid == fitted_grid("....##", 10, 2)
 
