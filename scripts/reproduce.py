@@ -50,7 +50,13 @@ def search_all(args: argparse.Namespace, study: Study) -> None:
     """Find every plan that is not there yet."""
     for search in searches.searches(study.scale.ks, args.search_budget, args.layerwise_budget):
         done = searches.run(
-            search, study.pipe(), args.model, args.calibration_file, args.search_prompts, study.plans, study.work
+            search,
+            study.pipe(search.spacing),
+            args.model,
+            args.calibration_file,
+            args.search_prompts,
+            study.plans,
+            study.work,
         )
         print(f"{search.name}: {done}", flush=True)
 
