@@ -48,7 +48,8 @@ def run(
 ) -> str:
     """Run a search, or go on with it, unless its plan is there. Returns what happened.
 
-    pipe: the model, on the grid of the search. count: calibration prompts. plans: the folder that receives the plan file. work: that of the journal.
+    pipe: the model, on the grid of the search. count: calibration prompts. plans: the folder that receives the plan
+    file. work: that of the journal.
     Raises: KeyboardInterrupt where the search was interrupted; ValueError where it failed.
     """
     target, out = plans / f"{search.name}.json", work / f"{search.name}.json"
