@@ -98,13 +98,13 @@ def test_training_lowers_the_loss_and_leaves_the_teacher(
 
     def mean_loss() -> float:
         with torch.no_grad():
-            found = [tuning(unet, teacher, x_0, context, SCHEDULE, np.random.default_rng(i)).item() for i in range(12)]
+            found = [tuning(unet, teacher, x_0, context, SCHEDULE, np.random.default_rng(i)).item() for i in range(8)]
         return float(np.mean(found))
 
     before, fixed = mean_loss(), [p.clone() for p in teacher.parameters()]
     optimizer = torch.optim.Adam(unet.parameters(), lr=1e-4)
-    for step in range(24):
-        loss = tuning(unet, teacher, x_0, context, SCHEDULE, np.random.default_rng(step % 12))
+    for step in range(16):
+        loss = tuning(unet, teacher, x_0, context, SCHEDULE, np.random.default_rng(step % 8))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

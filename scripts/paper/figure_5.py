@@ -133,9 +133,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for row in panels:
         row[0].set_ylabel("PSNR to the 20-step image, dB")
     _papers_curves(panels[0][0])
-    for axes in (panels[0][0], panels[1][0]):
-        axes.legend(fontsize="small")
-    figure.tight_layout()
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=6)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

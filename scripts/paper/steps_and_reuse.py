@@ -77,6 +77,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 axes.annotate(
                     str(k), (n, float(np.mean(values))), textcoords="offset points", xytext=(4, 4), fontsize=8
                 )
+        axes.set_xticks(range(LEAST, STEPS + 1))
         axes.set(title=grid, xlabel="steps (at each mark the number of reuse steps)")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("PSNR to the 20-step image, dB")

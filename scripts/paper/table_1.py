@@ -82,7 +82,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes.set_xticks(places, [name.replace(" or ", "\nor ").replace(" never", "\nnever") for name in found["rows"]])
     axes.tick_params(axis="x", labelsize="small", rotation=20)
     axes.set_ylabel("PSNR to the full sampler's image, dB")
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)

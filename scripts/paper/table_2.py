@@ -89,7 +89,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.set(title=MODELS[model], xlabel=f"time of DPM++, as a share of {STEPS} steps of the same kernel")
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel(f"PSNR to the image of {STEPS} steps, dB")
-    panels[0][0].legend(title="round: DDIM, square: DPM++\nfilled: maps written out, open: fused", fontsize="small")
+    marks = "round: DDIM, square: DPM++\nfilled: maps written out,\nopen: fused kernel"
+    panels[0][-1].legend(title=marks, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -84,7 +84,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.set(xlabel="measured time, as a share of the full sampler's", title=title)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("PSNR to the full sampler's image, dB")
-    panels[0].legend(fontsize="x-small")
+    panels[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
