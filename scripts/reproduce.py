@@ -70,6 +70,11 @@ def train_siblings(args: argparse.Namespace, study: Study, names: Sequence[str])
     for name in names:
         folder = study.models[name]
         assert folder is not None
+        began = folder.parent / "began-with.txt"
+        if not began.exists():
+            write_whole([began], study.pipe().fingerprint.encode())
+        if began.read_text() != study.pipe().fingerprint:
+            raise ValueError(f"{folder.parent} began with another model; remove it, so that {name} is trained again")
         if folder.exists():
             print(f"{name}: is there", flush=True)
             continue
@@ -91,22 +96,22 @@ def train_siblings(args: argparse.Namespace, study: Study, names: Sequence[str])
         print(f"{name}: trained", flush=True)
 
 
-def figure(args: argparse.Namespace, study: Study, name: str) -> None:
-    """Run the stage of a figure, unless results.json holds it, and make the page again."""
-    module, path = page.FIGURES[name], args.out / "results.json"
+def figure(study: Study, name: str, command: str) -> None:
+    """Run the stage of a figure, unless results.json holds it, and make the page again. command: what was typed."""
+    module, path = page.FIGURES[name], study.out / "results.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"stages": {}}
     settings = json.loads(json.dumps(settings_of(study, name)))
     known = results["stages"].get(name)
     if known is None or known["settings"] != settings:
-        journal = Journal(args.work / f"{name}.jsonl", settings)
+        journal = Journal(study.work / f"{name}.jsonl", settings)
         finished = {other: stage["found"] for other, stage in results["stages"].items()}
         found = module.measure(replace(study, journal=journal, finished=finished))
         results["stages"][name] = {"settings": settings, "setting": setting_of(study), "found": found}
-        results["command"] = args.command
+        results["command"] = command
         write_whole([path], json.dumps(results, indent=1).encode(), overwrite=True)
     word, sentence = module.verdict(results["stages"][name]["found"])
     print(f"{module.TITLE}: {word}. {sentence}", flush=True)
-    page.write(args.out, [name])
+    page.write(study.out, [name])
 
 
 def settings_of(study: Study, name: str) -> dict[str, Any]:
@@ -182,7 +187,7 @@ def study_of(args: argparse.Namespace, scale: Scale) -> Study:
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    args.command = shlex.join(["python", "scripts/reproduce.py", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", "scripts/reproduce.py", *(sys.argv[1:] if argv is None else argv)])
     if args.report:
         print(page.write(args.out))
         return
@@ -194,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
             FIRST[name](args, study)
             loaded.cache_clear()
         else:
-            figure(args, study, name)
+            figure(study, name, command)
 
 
 if __name__ == "__main__":

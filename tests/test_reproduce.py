@@ -437,6 +437,12 @@ def test_searches_are_kept_with_the_timesteps_of_their_calls(
     assert (data["about"]["spacing"], data["calls"]) == ("trailing", 20)
     monkeypatch.setattr(searches.command, "main", None)
     reproduce.main(argv)
+    other = file.with_name("other.json")
+    file.rename(other)
+    file.write_text(json.dumps(data | {"about": data["about"] | {"model": "another"}}))
+    with pytest.raises(ValueError, match="was searched for another model; remove it"):
+        reproduce.main(argv)
+    other.replace(file)
     study = reproduce.study_of(reproduce.parser().parse_args(given), Scale().with_prompts(2))
     plan, note = study.phast(10, "trailing")
     assert (plan, note) == (ReusePlan.from_json(file.read_text(), select(study.pipe().sites)), "")

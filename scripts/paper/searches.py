@@ -54,6 +54,8 @@ def run(
     """
     target, out = plans / f"{search.name}.json", work / f"{search.name}.json"
     if target.exists():
+        if read_plan(target, pipe.sites)[1].get("model") != pipe.fingerprint:
+            raise ValueError(f"{target} was searched for another model; remove it, so that it is searched again")
         return "is there"
     argv = ["--steps", str(STEPS), "--spacing", search.spacing, "--prompts", str(count), "--out", str(out), "--quiet"]
     argv += [] if model is None else ["--model", str(model)]
