@@ -25,7 +25,7 @@ from minireuse.devices import pick_device, pick_dtype
 from minireuse.files import shipped_model
 from minireuse.guidance import ConditionalUNet, guided_denoise
 from minireuse.plan import ReusePlan, Site
-from minireuse.samplers import SAMPLERS, Denoise, Sampler, Step, count_calls
+from minireuse.samplers import SAMPLERS, Denoise, Sampler, Step, call_timesteps, count_calls
 from minireuse.schedule import PREDICTION_TYPES, Schedule
 from minireuse.text import TextEncoder
 from minireuse.unet import UNet
@@ -192,6 +192,10 @@ class Pipeline:
     def calls(self, sampler: str, steps: int | Sequence[float], strength: float | None = None) -> int:
         """The number of U-Net calls of a run, which a plan has to match."""
         return count_calls(_sampler(sampler), self.schedule, self.timesteps(steps, strength))
+
+    def call_timesteps(self, sampler: str, steps: int | Sequence[float], strength: float | None = None) -> list[float]:
+        """The timestep of each U-Net call of a run: by them a plan is carried over to it."""
+        return call_timesteps(_sampler(sampler), self.schedule, self.timesteps(steps, strength))
 
     def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """The height and width of the latents of an image; None is what the model was trained at.

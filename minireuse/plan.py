@@ -361,7 +361,8 @@ class ReusePlan:
             raise PlanError(f"plan is not JSON ({error}); expected what ReusePlan.to_json writes") from None
         if not isinstance(data, Mapping) or data.get("format") != "minireuse-plan":
             raise PlanError('plan has no "format": "minireuse-plan"; expected what ReusePlan.to_json writes')
-        if unknown := set(data) - {"format", "calls", "order", "positions", "guided", "sites", "depths", "about"}:
+        known = {"format", "calls", "order", "positions", "timesteps", "guided", "sites", "depths", "about"}
+        if unknown := set(data) - known:
             raise PlanError(f"plan has the unknown field {shown(min(unknown))}; expected what ReusePlan.to_json writes")
         calls, drawn = data.get("calls"), data.get("sites")
         if not isinstance(calls, int) or isinstance(calls, bool) or not 1 <= calls <= 100_000:

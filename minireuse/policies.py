@@ -26,6 +26,7 @@ class Searched:
     spacing: str = ""  # of the timesteps; empty where the file does not say
     latency: float | None = None  # the share of the full sampler's time that it took when it was searched
     unseen: float | None = None  # dB to the full sampler, on prompts that the search has not seen
+    timesteps: tuple[float, ...] = ()  # of its calls; empty where the file does not say
 
     @property
     def row(self) -> tuple[bool, ...]:
@@ -53,6 +54,10 @@ def describe(sampler: str, calls: int, reused: int, order: int) -> str:
 Policy = Callable[..., ReusePlan]
 KIND_NAMES = {"map": "attention maps", "out": "attention outputs", "deep": "deep features", "eps": "predictions"}
 LATENCY = 0.6  # what `phast` may take of the full sampler's time where nothing else is asked for
+# The plan that the paper's search found for DDIM with 20 steps on Stable Diffusion 1.5 (arXiv 2401.01008 section 5): 1
+# computes, 0 reuses. The paper does not tell its timesteps; these are the model's own grid, `leading` with offset 1.
+PAPERS_PLAN = "1111111101 0001000000"
+PAPERS_TIMESTEPS = tuple(float(t) for t in range(951, 0, -50))
 DEEP_CALL = 0.15  # of a full call's time: a call that reuses the deep features of branch 0 (docs/measured.md)
 
 
@@ -82,16 +87,18 @@ def phast(
     sampler: str = "ddim",
     model: str = "",
     spacing: str = "",
+    timesteps: Sequence[float] = (),
 ) -> ReusePlan:
     """PHAST: one of the plans that searches have found.
 
     Of sites of several kinds, the plan chooses which reuse: it is the one closest to the full sampler on unseen prompts
     among those searched for this very run that take at most `latency` of its time (`LATENCY` unless given). Of sites of
     one kind without a latency, as in the paper, it is the one searched for what is most like this run, fitted to it.
+    For maps of Stable Diffusion 1.x, 2.x and XL it is the paper's own, unless one was searched for this very model.
 
     plans: `minireuse.search.plans_of` reads those of a model. k, order: of the plan; None is any where the plan chooses
-    the sites, else half of the calls and 0. sampler, model, spacing: of this run (`Pipeline.fingerprint`,
-    `Schedule.spacing`).
+    the sites, else half of the calls and 0. sampler, model, spacing, timesteps: of this run (`Pipeline.fingerprint`,
+    `Schedule.spacing`, `Pipeline.call_timesteps`); a plan is fitted by timestep where its own are known, too.
     A warning says what was chosen where that does not follow from the arguments alone.
     Raises: PlanError without plans.
     """
@@ -104,6 +111,15 @@ def phast(
         return _closest_within(latency, able, calls, sites)
     k, order = _reuse_count(calls, k), order or 0
     advice = "`python -m minireuse.search` searches one for this setting"
+    papers = papers_plan(sites)
+    own = [p for p in plans if p.model == model and p.plan.grid is not None and _kinds(p.plan.sites) == _kinds(sites)]
+    if papers is not None and not own:
+        warnings.warn(
+            f"phast uses the paper's plan, searched for Stable Diffusion 1.5 and {papers}, fitted to this run's "
+            f"timesteps; {advice} and this model",
+            stacklevel=2,
+        )
+        return ReusePlan.stepwise(fit(papers.row, calls, k, papers.timesteps, timesteps), sites, order)
     if not plans:
         raise PlanError(
             "phast needs searched plans; search one with `python -m minireuse.search`, "
@@ -120,7 +136,7 @@ def phast(
         for_what = f"with {' and '.join(others)} " * bool(others) + f"for {plan}"
         note = f"there is no plan for this run ({describe(sampler, calls, k, order)})"
         warnings.warn(f"{note}; phast uses one searched {for_what}, scaled to this run; {advice}", stacklevel=2)
-    return ReusePlan.stepwise(fit(plan.row, calls, k), sites, order)
+    return ReusePlan.stepwise(fit(plan.row, calls, k, plan.timesteps, timesteps), sites, order)
 
 
 def _closest_within(latency: float, plans: Iterable[Searched], calls: int, sites: Sequence[Site]) -> ReusePlan:
@@ -288,7 +304,6 @@ def nearest(
     None where no step-wise plan reuses sites of this kind: a good place for a map is a poor one for deep features.
     """
     sites = set(sites)
-    kinds = {site.kind for site in sites}
 
     def distance(p: Searched) -> tuple[float, ...]:
         return (
@@ -301,16 +316,42 @@ def nearest(
             abs(p.plan.reused / p.plan.calls - k / calls),
         )
 
-    known = [p for p in plans if {site.kind for site in p.plan.sites} == kinds and p.plan.grid is not None]
+    known = [p for p in plans if _kinds(p.plan.sites) == _kinds(sites) and p.plan.grid is not None]
     best = min(known, key=distance, default=None)
     return None if best is None else (best, not any(distance(best)))
 
 
-def fit(row: Sequence[bool], calls: int, k: int) -> np.ndarray:
-    """A plan with k reuse calls out of `calls` whose reuse lies where it does in `row`, in proportion.
+def papers_plan(sites: Iterable[Site]) -> Searched | None:
+    """The paper's plan over the maps of a U-Net laid out as Stable Diffusion 1.x, 2.x or XL; None for others."""
+    sites = tuple(sites)
+    blocks = {site.address.partition(".transformer_blocks.")[0] for site in sites}
+    if _kinds(sites) != {"map"} or blocks not in (_transformers((0, 1, 2), (1, 2, 3)), _transformers((1, 2), (0, 1))):
+        return None
+    reuse = [digit == "0" for digit in PAPERS_PLAN.replace(" ", "")]
+    return Searched(ReusePlan.stepwise(reuse, sites), "", "ddim", "leading", timesteps=PAPERS_TIMESTEPS)
 
-    Shapes: row (S',) -> (calls,). Equal calls and k give the row itself.
+
+def _transformers(down: Iterable[int], up: Iterable[int]) -> set[str]:
+    """The places of transformers in a U-Net of Stable Diffusion's, from the levels that have them."""
+    places = [*((f"down_blocks.{level}", 2) for level in down), *((f"up_blocks.{level}", 3) for level in up)]
+    return {f"{block}.attentions.{i}" for block, count in (*places, ("mid_block", 1)) for i in range(count)}
+
+
+def _kinds(sites: Iterable[Site]) -> set[str]:
+    return {site.kind for site in sites}
+
+
+def fit(
+    row: Sequence[bool], calls: int, k: int, row_timesteps: Sequence[float] = (), timesteps: Sequence[float] = ()
+) -> np.ndarray:
+    """A plan with k reuse calls out of `calls` whose reuse lies where it does in `row`.
+
+    Where the timesteps of both are known, each call does what `row` does at the nearest one, and where that gives
+    another number of reuse calls they are spread over the same calls. Else they lie at the same share of the calls.
+    Shapes: row and row_timesteps (S',), timesteps (calls,) -> (calls,). A run that is the same gives the row itself.
     """
+    if len(row_timesteps) and len(timesteps):
+        row = _by_timestep(row, row_timesteps, timesteps)
     places = np.flatnonzero(row)
     if not len(places):
         places = np.array([len(row) - 1])
@@ -323,6 +364,12 @@ def fit(row: Sequence[bool], calls: int, k: int) -> np.ndarray:
         last = min(max(place, last + 1), calls - k + j)  # in order, never call 0, with room for those to come
         fitted[last] = True
     return fitted
+
+
+def _by_timestep(row: Sequence[bool], row_timesteps: Sequence[float], timesteps: Sequence[float]) -> list[bool]:
+    """What `row` does at the timesteps nearest to those of another run, whose first call computes."""
+    nearest_calls = np.abs(np.subtract.outer(np.array(timesteps), np.array(row_timesteps))).argmin(axis=1)
+    return [False, *(row[call] for call in nearest_calls[1:])]
 
 
 def _require_whole(name: str, value: float, least: int, most: int | None = None) -> None:

@@ -446,6 +446,21 @@ def count_calls(sampler: Sampler, schedule: Trajectory, timesteps: Sequence[floa
     return last.call + 1
 
 
+def call_timesteps(
+    sampler: Sampler, schedule: Trajectory, timesteps: Sequence[float], end: float | None = None
+) -> list[float]:
+    """The timestep of each model call that `sampler` makes over `timesteps`, found by running it on one number."""
+    asked: list[float] = []
+
+    def denoise(x: Tensor, t: float, call: int) -> Prediction:
+        asked.append(t)
+        return Prediction(x, x)
+
+    for _ in sampler(denoise, torch.zeros(1), schedule, timesteps, end=end, noise=torch.zeros_like):
+        pass
+    return asked
+
+
 def timesteps_for(sampler: Sampler, schedule: Schedule, calls: int, spacing: str | None = None) -> list[float]:
     """Timesteps over which `sampler` makes this many calls, so that solvers can be compared at equal cost.
 

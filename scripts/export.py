@@ -23,7 +23,7 @@ from trainer import EMA
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": "0.30.0",
-    "_guidance_scale": GUIDANCE_SCALE,  # read by minireuse
+    "_guidance_scale": GUIDANCE_SCALE,  # read by minireuse, as `--guidance-scale` has it
     "feature_extractor": [None, None],
     "image_encoder": [None, None],
     "requires_safety_checker": False,
@@ -48,8 +48,11 @@ def write(folder: Path, config: dict, name: str, tensors: dict[str, Tensor] | No
         save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
 
 
-def export(run: Path, out: Path) -> None:
-    """Write the run's model to a folder that appears under its name only once it is whole."""
+def export(run: Path, out: Path, guidance: float = GUIDANCE_SCALE) -> None:
+    """Write the run's model to a folder that appears under its name only once it is whole.
+
+    guidance: the scale that the model is sampled at.
+    """
     final, out = out, out.with_name(out.name + ".part")
     shutil.rmtree(out, ignore_errors=True)
     tokenizer = run_tokenizer(run / "tokenizer")
@@ -62,7 +65,7 @@ def export(run: Path, out: Path) -> None:
     ema.values = state["ema"]
     ema.copy_to(model)
 
-    write(out, INDEX, "model_index.json")
+    write(out, INDEX | {"_guidance_scale": guidance}, "model_index.json")
     write(out / "unet", write_unet_config(UNET_CONFIG), "config.json", half(model.unet))
     write(out / "vae", write_vae_config(VAE_CONFIG), "config.json", half(vae))
     write(out / "scheduler", write_schedule_config(SCHEDULE_CONFIG), "scheduler_config.json")
@@ -84,10 +87,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/landscapes"))
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    guidance_help = "that the model is sampled at; 1 for a model that was distilled"
+    parser.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE, metavar="G", help=guidance_help)
     args = parser.parse_args(argv)
     if args.out.exists():
         raise SystemExit(f"error: {args.out} exists; name a new folder, or remove it first")
-    export(args.run, args.out)
+    export(args.run, args.out, args.guidance_scale)
     size = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file())
     print(f"{args.out}: {size / 1e6:.1f} MB")
 

@@ -10,16 +10,21 @@ and balloon) errors count more: they cover little of the picture and are much of
 
 On two cores `torchrun --nproc-per-node 2` with OMP_NUM_THREADS=1 is faster than one process with two threads.
 
-`--start FOLDER` goes on from a finished model instead, on whole scenes alone.
+`--start FOLDER` goes on from a finished model instead, on whole scenes alone. `--distil G` then teaches its U-Net to
+say in one pass what it says with guidance of scale G, and `--tolerate PLAN` to come closer to itself where it reuses
+maps (fine_tuning.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import os
 import shutil
+import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +37,19 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 
 from minireuse.cache import ReuseCache
 from minireuse.checkpoints import load_parts
+from minireuse.common.status import exit_status
 from minireuse.config import UNetConfig
 from minireuse.guidance import guided_denoise
 from minireuse.plan import ReusePlan
 from minireuse.samplers import ddim
 from minireuse.schedule import SD_SCHEDULE, Schedule
+from minireuse.search import read_plan
 from minireuse.text import TextEncoder
 from minireuse.unet import UNet
 from minireuse.vae import VAE
 
 from data import SCENES, pictures, scene_at
+from fine_tuning import Tuning, distillation, tolerance
 from make_tokenizer import make_tokenizer
 from train_text import Reader, question_losses, train_text
 from train_vae import CONFIG as VAE_CONFIG
@@ -238,8 +246,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--start", type=Path, metavar="FOLDER", help="begin with this model, VAE and all: weights, say")
     parser.add_argument("--seed", type=int, default=0, help="of what begins random, and of what each step draws")
+    distil_help = "fine-tune to do without guidance, as with this scale; needs --start"
+    parser.add_argument("--distil", type=float, metavar="SCALE", help=distil_help)
+    tolerate_help = "fine-tune to tolerate reuse by this plan file for DDIM, or by random plans; needs --start"
+    parser.add_argument("--tolerate", metavar="PLAN|random", help=tolerate_help)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, for processors with such units")
     args = parser.parse_args(argv)
+    tuning = tuning_of(args)
 
     join_processes()
     tokenizer = in_turn(lambda: run_tokenizer(args.out / "tokenizer", args.start))
@@ -259,6 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     half_steps = half_steps if args.half_steps is None else args.half_steps
     train_text(model.text, model.reader, args.out, scenes, text_steps, 8 * args.batch, args.lr, args.device)
     model.to(args.device)
+    teacher = copy.deepcopy(model.unet).eval().requires_grad_(False)
 
     def loss_at(step: int, latents: Latents, batch: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([2, latents.x_0.shape[-1], step, args.seed])
@@ -266,6 +280,11 @@ def main(argv: list[str] | None = None) -> None:
         shown: list[Scene] = [scenes[i] for i in chosen]
         prompts = ["" if rng.random() < DROP_TEXT else vary_caption(scene, rng) for scene in shown]
         x_0, small = latents.x_0[chosen], latents.small[chosen]
+        if tuning is not None:
+            with torch.no_grad():
+                told = model.text.encode(["", *part_of(prompts)])  # the text encoder stays as it is
+            context = torch.cat([told[:1].expand(len(told) - 1, -1, -1), told[1:]])  # unconditional half first
+            return {"loss": tuning(model.unet, teacher, part_of(x_0).to(args.device), context, schedule, rng)}
         denoising, context = noise_loss(
             model, x_0, small, prompts, schedule.alphas_cumprod, rng, device=args.device, bf16=args.bf16
         )
@@ -301,6 +320,24 @@ def main(argv: list[str] | None = None) -> None:
         )
 
 
+def tuning_of(args: argparse.Namespace) -> Tuning | None:
+    """What fine-tunes the U-Net instead of plain training, where it is asked for. Raises: ValueError, OSError."""
+    if args.distil is None and args.tolerate is None:
+        return None
+    if args.distil is not None and args.tolerate is not None:
+        raise ValueError("--distil and --tolerate are two trainings; give one of them")
+    if args.start is None:
+        raise ValueError("--distil and --tolerate begin with a finished model; name its folder with --start")
+    if args.distil is not None:
+        return partial(distillation, scale=args.distil)
+    plan = None if args.tolerate == "random" else read_plan(Path(args.tolerate))[0]
+    if plan is not None and (plan.grid is None or plan.order or not plan.reused):
+        raise ValueError(
+            f"--tolerate {args.tolerate} has to be a step-wise plan of order 0 that reuses; give another one"
+        )
+    return partial(tolerance, plan=plan, scale=GUIDANCE_SCALE)
+
+
 def paint(model: Model, prompts: list[str], side: int, schedule: Schedule, device: str, steps: int = 20) -> Tensor:
     """Guided DDIM samples, for looking at while training. Shapes: -> (len(prompts), 4, side, side)."""
     x = torch.randn(len(prompts), 4, side, side, generator=torch.Generator().manual_seed(0)).to(device)
@@ -312,5 +349,6 @@ def paint(model: Model, prompts: list[str], side: int, schedule: Schedule, devic
 
 
 if __name__ == "__main__":
-    main()
+    status = exit_status(main, "interrupted; the same command goes on")
     leave_processes()
+    sys.exit(status)

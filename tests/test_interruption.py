@@ -42,8 +42,8 @@ def run_evaluation(argv: list[str], out: Path) -> None:
 
 def run_reproduction(argv: list[str], out: Path) -> None:
     torch.set_num_threads(1)
-    stages = ["--stages", "redundancy", "single", "precision"]
-    reproduce.main([*argv, "--steps", "8", *stages, "--out", str(out)])
+    stages = ["--stages", "figure-2", "extrapolation", "precision"]
+    reproduce.main([*argv, *stages, "--work", str(out / "work"), "--out", str(out)])
 
 
 def run_training(argv: list[str], out: Path) -> None:
@@ -71,7 +71,7 @@ def figures_found(out: Path) -> Any:
 
 
 def claims_found(out: Path) -> Any:
-    return json.loads((out / "results.json").read_text())
+    return {n: stage["found"] for n, stage in json.loads((out / "results.json").read_text())["stages"].items()}
 
 
 def weights_found(out: Path) -> Any:
@@ -96,7 +96,7 @@ def given(smallest_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     return {
         "search": [*common, "--prompts", "1", "--check", "1", "--device", "cpu"],
         "evaluation": [*common, "--prompts", "4", "--batch-size", "1", "--device", "cpu"],
-        "reproduction": [*common, "--prompts", "1", "--draws", "3"],
+        "reproduction": [*common, "--calibration-file", str(prompts), "--prompts", "2"],
         "training": [],
     }
 

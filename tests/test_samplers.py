@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minireuse.samplers import SAMPLERS, Step, count_calls, timesteps_for
+from minireuse.samplers import SAMPLERS, Step, call_timesteps, count_calls, timesteps_for
 from minireuse.schedule import END, SPACINGS, Schedule, ScheduleConfig
 
 # numpy's, about how diffusers reads its tables
@@ -484,3 +484,15 @@ def test_importing_the_samplers_costs_torch_alone() -> None:
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "torch" in modules
     assert not {"transformers", "safetensors", "diffusers", "einops", "PIL"} & set(modules)
+
+
+def test_the_timestep_of_every_call_is_told() -> None:
+    schedule = Schedule.from_config()
+    times = schedule.timesteps(4)  # 751, 501, 251, 1
+    assert call_timesteps(SAMPLERS["ddim"], schedule, times) == times
+    assert call_timesteps(SAMPLERS["plms"], schedule, times) == [751, 501, 501, 251, 1]
+    for sampler in SAMPLERS.values():
+        told = call_timesteps(sampler, schedule, times)
+        assert len(told) == count_calls(sampler, schedule, times)
+        assert set(times) <= set(told)
+        assert told == sorted(told, reverse=True)

@@ -8,12 +8,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import minireuse
+from minireuse.config import SD1_UNET, SD2_UNET, UNetConfig
 from minireuse.plan import PlanError, ReusePlan, Site
-from minireuse.policies import Policy, fit, interval, phast, select
+from minireuse.policies import Policy, fit, interval, papers_plan, phast, select
 from minireuse.sample import command as sample
 from minireuse.search import build, plans_of, read_searched
+from minireuse.search.plan_files import plan_text
+from minireuse.unet import UNet
 
 MAPS = tuple(Site(f"block.{name}", "map") for name in ("attn1", "attn2"))
 OUTS = tuple(Site(s.address, "out") for s in MAPS)
@@ -112,6 +116,80 @@ def test_the_nearest_plan_is_taken_and_named(tmp_path: Path) -> None:
 
 def fitted_grid(grid: str, calls: int, k: int) -> str:
     return "".join(".#"[int(c)] for c in fit(row(grid), calls, k))
+
+
+def test_a_plan_is_carried_over_by_timestep(tmp_path: Path) -> None:
+    """Each call does what the plan does at the nearest timestep."""
+    leading, trailing = tuple(range(951, 0, -50)), tuple(range(999, 0, -50))
+    # Call i of `leading` is at 951 - 50 i, and so is call i + 1 of `trailing`, but for 2. Its last call has none there.
+    for grid, k, carried in (
+        (".....#.......#......", 2, "......#.......#....."),
+        ("........#.###.######", 10, ".........#.#########"),
+    ):
+        fitted = fit(row(grid), 20, k, leading, trailing)
+        assert "".join(".#"[int(c)] for c in fitted) == carried
+    assert fit(row("......#..##.####.###"), 10, 5, leading, leading[1::2]).tolist() == list(row("....#.####"))
+    early = (900, 800, 700, 600, 500, 100)  # calls 5 to 9 of the other run are nearest to its last two
+    assert "".join(".#"[int(c)] for c in fit(row("....##"), 10, 2, early, tuple(range(950, 0, -100)))) == "......#.#."
+    written(tmp_path / "plans", "a.json", "....##")
+    data = json.loads((tmp_path / "plans" / "a.json").read_text())
+    (tmp_path / "plans" / "a.json").write_text(json.dumps(data | {"timesteps": early}))
+    policy = partial(phast, plans=plans_of(tmp_path), model="aa", timesteps=tuple(range(950, 0, -100)))
+    with pytest.warns(UserWarning, match="scaled to this run"):
+        assert policy(10, MAPS, k=2).grid == "......#.#."
+    with pytest.warns(UserWarning, match="scaled to this run"):
+        assert partial(phast, plans=plans_of(tmp_path), model="aa")(10, MAPS, k=2).grid == fitted_grid("....##", 10, 2)
+
+
+def test_a_plan_file_keeps_the_timesteps_of_its_calls(tmp_path: Path) -> None:
+    plan = ReusePlan.stepwise(row("..#"), MAPS)
+    (tmp_path / "p.json").write_text(plan_text(plan, [800, 500.5, 20], {"model": "aa", "sampler": "ddim"}))
+    found = read_searched(tmp_path / "p.json")
+    assert (found.plan, found.timesteps) == (plan, (800, 500.5, 20))
+    for wrong in ([800, 500], [800, 500, 600], "800", [800, True, 20], [800, 500, -3]):
+        data = json.loads((tmp_path / "p.json").read_text()) | {"timesteps": wrong}
+        (tmp_path / "q.json").write_text(json.dumps(data))
+        with pytest.raises(PlanError, match=r"plan field timesteps is .*, expected 3 numbers that fall"):
+            read_searched(tmp_path / "q.json")
+
+
+def maps_of(config: UNetConfig) -> tuple[Site, ...]:
+    with torch.device("meta"):
+        return select(UNet(config).sites)
+
+
+@pytest.mark.parametrize("config", [SD1_UNET, SD2_UNET])
+def test_the_papers_own_plan_serves_stable_diffusion(config: UNetConfig, tmp_path: Path) -> None:
+    """Section 5: steps 1-8, 10 and 14 of DDIM's 20 compute."""
+    maps, leading = maps_of(config), tuple(range(951, 0, -50))
+    computed = {1, 2, 3, 4, 5, 6, 7, 8, 10, 14}
+    drawn = "".join(".#"[step not in computed] for step in range(1, 21))
+    policy = partial(phast, plans=plans_of(), model="aa", timesteps=leading)
+    with pytest.warns(
+        UserWarning, match=r"uses the paper's plan, searched for Stable Diffusion 1\.5 and ddim, 20 calls"
+    ):
+        assert policy(20, maps).grid == drawn
+    with pytest.warns(UserWarning, match="uses the paper's plan"):
+        assert policy(20, select(maps, "cross")).grid == drawn
+    with pytest.warns(UserWarning, match="uses the paper's plan"):  # each of 10 calls is two of 20
+        assert partial(policy, timesteps=tuple(range(901, 0, -100)))(10, maps).reused == 5
+    written(tmp_path / "plans", "own.json", "." * 10 + "#" * 10, sites=maps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert partial(policy, plans=plans_of(tmp_path))(20, maps).grid == "." * 10 + "#" * 10
+
+
+def test_the_papers_plan_is_kept_from_other_models_and_kinds(pipeline: minireuse.Pipeline) -> None:
+    assert papers_plan(select(pipeline.sites)) is None
+    assert papers_plan(select(minireuse.load(device="meta").sites)) is None
+    with torch.device("meta"):
+        assert papers_plan(select(UNet(SD1_UNET).sites, kind="out")) is None
+    blocks = ["mid_block.attentions.0"]  # where Stable Diffusion XL has its transformers
+    blocks += [f"down_blocks.{i}.attentions.{j}" for i in (1, 2) for j in range(2)]
+    blocks += [f"up_blocks.{i}.attentions.{j}" for i in (0, 1) for j in range(3)]
+    xl = [Site(f"{block}.transformer_blocks.{n}.attn{a}", "map") for block in blocks for n in (0, 1) for a in (1, 2)]
+    assert papers_plan(xl) is not None
+    assert papers_plan(xl[:-4]) is None
 
 
 @pytest.mark.parametrize(

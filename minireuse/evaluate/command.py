@@ -171,10 +171,9 @@ def run(args: argparse.Namespace, ranks: Ranks, command: str) -> None:
 def make_rows(args: argparse.Namespace, pipeline: Pipeline, names: Sequence[str]) -> list[Row]:
     """The full sampler, the policies named and, for --equal-latency, the plain sampler with every step count."""
     steps = grid(args)
-    calls, count = pipeline.calls(args.sampler, steps), count_of(steps)
-    policies = policies_for(
-        "|".join(names), args.model, args.sampler, lambda: pipeline.fingerprint, spacing_of(steps, pipeline)
-    )
+    timesteps, count = pipeline.call_timesteps(args.sampler, steps), count_of(steps)
+    calls, spacing = len(timesteps), spacing_of(steps, pipeline)
+    policies = policies_for("|".join(names), args.model, args.sampler, lambda: pipeline.fingerprint, spacing, timesteps)
     rows = {FULL: Row(FULL, steps, ReusePlan.nothing(calls))}
     fewer = [f"steps:{n}" for n in range(2, count)] if args.equal_latency else []
     for text in dict.fromkeys([*names, *fewer]):

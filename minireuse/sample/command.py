@@ -80,8 +80,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         height, width = init_image.shape[2:]
         settings = replace(settings, height=height, width=width)
         strength = settings.strength
-    calls = pipeline.calls(settings.sampler, settings.steps, strength)
-    plan = make_plan(settings, pipeline, calls)
+    timesteps = pipeline.call_timesteps(settings.sampler, settings.steps, strength)
+    calls = len(timesteps)
+    plan = make_plan(settings, pipeline, timesteps)
     shape = CacheShape(
         batch=len(settings.batches[0]),
         size=pipeline.latent_size(settings.height, settings.width),
@@ -176,8 +177,8 @@ def check_model(png: Path, recipe: Recipe, name: str, pipeline: Pipeline) -> Non
         raise ValueError(f"{png} was made by another model than {name} (another {', '.join(other)}); {advice}")
 
 
-def make_plan(settings: Settings, pipeline: Pipeline, calls: int) -> ReusePlan:
-    """The plan that the policy makes, or the one of the PNG that is made again."""
+def make_plan(settings: Settings, pipeline: Pipeline, timesteps: Sequence[float]) -> ReusePlan:
+    """The plan that the policy makes, or the one of the PNG that is made again. timesteps: of the U-Net's calls."""
     if settings.recipe is not None:
         return settings.recipe.plan_over(pipeline.sites)
     policies = policies_for(
@@ -186,10 +187,11 @@ def make_plan(settings: Settings, pipeline: Pipeline, calls: int) -> ReusePlan:
         settings.sampler,
         lambda: pipeline.fingerprint,
         spacing_of(settings.steps, pipeline),
+        timesteps,
     )
     return build(
         settings.policy,
-        calls,
+        len(timesteps),
         pipeline.sites,
         k=settings.reuse,
         which=settings.sites,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import platform
 import re
@@ -40,6 +39,7 @@ from minireuse.plan import KINDS, ORDERS, ReusePlan, Site
 from minireuse.samplers import SAMPLERS
 from minireuse.search.costs import Costs, measure, measured_latency
 from minireuse.search.jobs import DEPTH, FINALISTS, HEAT, Found, approach, make_jobs, rounds_of
+from minireuse.search.plan_files import plan_text
 from minireuse.search.render import Renderer
 from minireuse.search.scoring import Scoring
 
@@ -241,7 +241,7 @@ def report(
         about |= {"unseen_prompts": [prompt for _, prompt in unseen], "scores_unseen": scores}
         listed = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
         summary += f"; on {len(unseen)} unseen prompts {listed}"
-    text = json.dumps(json.loads(result.plan.to_json()) | {"about": about}, indent=2) + "\n"
+    text = plan_text(result.plan, pipeline.call_timesteps(args.sampler, grid(args)), about)
     write_whole([out], text.encode(), overwrite=True)  # only ever over a plan of this very search
     made, naive = about["calls_made"], about["calls_naive"]
     print(f"{summary}; {made} U-Net calls made, {naive} without sharing; {out}")

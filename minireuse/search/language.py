@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
@@ -15,19 +15,27 @@ from minireuse.policies import POLICIES, RELATIVES, STEPWISE, Policy, phast, sel
 from minireuse.search.plan_files import plans_of, read_plan
 
 # Parameters of policies that are no knobs: they are the run's own.
-GIVEN = ("calls", "sites", "plans", "sampler", "model", "spacing")
+GIVEN = ("calls", "sites", "plans", "sampler", "model", "spacing", "timesteps")
 
 
 def policies_for(
-    expressions: str, folder: Path | None, sampler: str, fingerprint: Callable[[], str], spacing: str = ""
+    expressions: str,
+    folder: Path | None,
+    sampler: str,
+    fingerprint: Callable[[], str],
+    spacing: str = "",
+    timesteps: Sequence[float] = (),
 ) -> Mapping[str, Policy]:
     """All policies, `phast` among them with the plans of the model in `folder` and those that ship.
 
+    timesteps: of the run's calls (`Pipeline.call_timesteps`), by which `phast` carries a plan over.
     Plans are read, and the fingerprint asked for, only where the expressions name `phast`: both take a while.
     """
     if "phast" not in names_in(expressions):
         return POLICIES
-    ours = partial(phast, plans=plans_of(folder), sampler=sampler, model=fingerprint(), spacing=spacing)
+    ours = partial(
+        phast, plans=plans_of(folder), sampler=sampler, model=fingerprint(), spacing=spacing, timesteps=timesteps
+    )
     return POLICIES | {"phast": ours}
 
 
