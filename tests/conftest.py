@@ -24,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import minireuse
 from minireuse.config import UNetConfig, VAEConfig
 from minireuse.schedule import ScheduleConfig
+from minireuse.unet import UNet
 
 import faults
 from make_tokenizer import make_tokenizer
@@ -69,6 +70,19 @@ SMALLEST_UNET = UNetConfig(
     heads=(2,),
     cross_attention_dim=32,
     norm_groups=8,
+    sample_size=8,
+)
+TINY_XL_UNET = UNetConfig(
+    block_out_channels=(16, 32, 32),
+    attention=(False, True, True),
+    layers_per_block=2,
+    heads=(1, 2, 4),
+    depths=(1, 2, 3),
+    cross_attention_dim=56,  # 32 of one text encoder and 24 of the other
+    linear_projection=True,
+    norm_groups=8,
+    pooled_width=20,
+    size_width=8,
     sample_size=8,
 )
 TINY_VAE = VAEConfig(block_out_channels=(16, 32), layers_per_block=1, norm_groups=8, scaling_factor=0.5, sample_size=16)
@@ -164,3 +178,8 @@ def pipeline(model_folder: Path) -> minireuse.Pipeline:
 
 def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def smallest_unet() -> UNet:
+    return UNet(SMALLEST_UNET)
