@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The conditional U-Net of Stable Diffusion 1.x / 2.x (Rombach et al., arXiv 2112.10752) and XL (arXiv 2307.01952)."""
+    """The conditional U-Net of Stable Diffusion 1.x / 2.x (arXiv 2112.10752) and XL (arXiv 2307.01952)."""
 
     in_channels: int = 4
     out_channels: int = 4

@@ -7,7 +7,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class TextEncoder(nn.Module):
         if is_last:
             return last, last
         state = states.hidden_states[layer]
-        return inner.final_layer_norm(state) if self.norm else state, last
+        return cast(nn.Module, inner.final_layer_norm)(state) if self.norm else state, last
 
     def _require_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -137,7 +137,8 @@ class TextEncoder(nn.Module):
             return Conditioning(context)
         # The first one of the tokenizer's: published configurations name another id, and padding may be the same one.
         ends = (ids == self._require_tokenizer().eos_token_id).int().argmax(dim=1)
-        return Conditioning(context, self.model.text_projection(last[torch.arange(len(last)), ends]))
+        project = cast(nn.Module, self.model.text_projection)
+        return Conditioning(context, project(last[torch.arange(len(last)), ends]))
 
 
 class TextEncoders(nn.Module):

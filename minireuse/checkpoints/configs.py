@@ -317,11 +317,16 @@ def write_schedule_config(config: ScheduleConfig) -> dict[str, Any]:
     return written
 
 
-def guidance_scale(raw: Mapping[str, Any], source: str = "model_index.json") -> float:
+def guidance_scale(raw: Mapping[str, Any], source: str = "model_index.json", default: float = GUIDANCE_SCALE) -> float:
     """The guidance scale a model is best sampled at, where its pipeline's JSON tells one (`_guidance_scale`, a key of
     this project that diffusers skips). Raises: ConfigError.
     """
-    return Reader(raw, source, optional=("_guidance_scale",)).number("_guidance_scale", GUIDANCE_SCALE)
+    return Reader(raw, source, optional=("_guidance_scale",)).number("_guidance_scale", default)
+
+
+def zeros_for_no_prompt(raw: Mapping[str, Any], source: str = "model_index.json") -> bool:
+    """Whether SDXL is given zeros where there is no negative prompt. Raises: ConfigError."""
+    return Reader(raw, source).boolean("force_zeros_for_empty_prompt", True)
 
 
 def text_settings(raw: Mapping[str, Any], source: str = "text_encoder/config.json") -> dict[str, Any]:
