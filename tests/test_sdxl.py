@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ import pytest
 import tgate as tgate_package
 import torch
 from diffusers.loaders import single_file_utils
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -505,7 +507,7 @@ def painted(pipe: minireuse.Pipeline, plan: ReusePlan | None = None) -> Tensor:
 
 def by_diffusers(pipe: Any, **more: object) -> Tensor:
     settings = {"num_inference_steps": STEPS, "height": 16, "width": 16, "latents": start(), "output_type": "latent"}
-    return pipe(PROMPTS[0], **settings, **more).images
+    return pipe(PROMPTS[0], **settings | more).images
 
 
 @pytest.mark.parametrize(("every", "branch"), [(2, 0), (3, 2)])
@@ -592,3 +594,137 @@ def test_a_dry_run_at_1024_pixels_tells_the_bytes(tmp_path: Path, capsys: pytest
     assert told["cross", "map"] == sum(rows) * 77
     assert round(told["cross", "map"] / 2**20) == 481
     assert told["self", "out"] == sum(rows) * 64 == 400 * 2**20
+
+
+# --- LoRA ----------------------------------------------------------------------------------------------------------
+
+# Layers in the layout of Stability-AI/generative-models, as Kohya's scripts name them, counted by hand.
+ORIGINAL = {
+    "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q": "input_blocks_4_1_transformer_blocks_1_attn1_to_q",
+    "down_blocks.2.attentions.1.transformer_blocks.2.attn2.to_k": "input_blocks_8_1_transformer_blocks_2_attn2_to_k",
+    "mid_block.attentions.0.transformer_blocks.2.ff.net.0.proj": "middle_block_1_transformer_blocks_2_ff_net_0_proj",
+    "up_blocks.0.attentions.2.transformer_blocks.0.attn2.to_v": "output_blocks_2_1_transformer_blocks_0_attn2_to_v",
+    "up_blocks.1.attentions.0.proj_in": "output_blocks_3_1_proj_in",
+}
+FIRST = {f"encoder.layers.0.self_attn.{name}_proj" for name in ("q", "out")} | {"encoder.layers.2.mlp.fc1"}
+SECOND = {"encoder.layers.1.self_attn.out_proj", "encoder.layers.3.mlp.fc2"}
+
+
+def lora_tensors(xl: minireuse.Pipeline, spelling: str) -> dict[str, Tensor]:
+    """Down, up and, with Kohya, alpha for some layers of each module, each of a rank of its own."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (encoder.model for encoder in xl.text.encoders)
+    tensors = {}
+    for rank, (part, module, name) in enumerate(
+        [
+            *(("unet", xl.unet, name) for name in ORIGINAL),
+            *(("text_encoder", first, name) for name in sorted(FIRST)),
+            *(("text_encoder_2", second, name) for name in sorted(SECOND)),
+        ],
+        2,
+    ):
+        outputs, inputs = shapes_of(module)[f"{name}.weight"]
+        down, up = torch.randn(rank, inputs, generator=generator) / 3, torch.randn(outputs, rank, generator=generator)
+        dotted = name if part == "unet" else f"text_model.{name}"
+        if spelling == "peft":
+            tensors |= {f"{part}.{dotted}.lora_A.weight": down, f"{part}.{dotted}.lora_B.weight": up}
+            continue
+        prefix = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}[part]
+        stem = prefix + (ORIGINAL[name] if part == "unet" and spelling == "original" else dotted.replace(".", "_"))
+        tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(3.0)}
+    return tensors
+
+
+def as_their_modules_are_named(
+    tensors: dict[str, Tensor], pipe: diffusers.StableDiffusionXLPipeline
+) -> dict[str, Tensor]:
+    """diffusers' loader does not know yet that the first text encoder of transformers 5 has no `text_model`."""
+    if hasattr(pipe.text_encoder, "text_model"):
+        return tensors
+    first = ("lora_te1_", "text_encoder.")
+    return {re.sub(r"text_model[._]", "", k) if k.startswith(first) else k: v for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize("spelling", ["original", "diffusers", "peft"])
+def test_loras_change_what_diffusers_changes(
+    spelling: str, xl: minireuse.Pipeline, xl_folder: Path, tmp_path: Path
+) -> None:
+    tensors = lora_tensors(xl, spelling)
+    theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(xl_folder)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    theirs.load_lora_weights(as_their_modules_are_named(tensors, theirs))
+    theirs.fuse_lora(lora_scale=0.7)
+    theirs.unload_lora_weights()
+    ours = minireuse.load(xl_folder, device="cpu", loras=[f"{tmp_path / 'lora.safetensors'}:0.7"])
+    changed = 0
+    for mine, its, before in (
+        (ours.unet, theirs.unet, xl.unet),
+        (ours.text.encoders[0].model, theirs.text_encoder, xl.text.encoders[0].model),
+        (ours.text.encoders[1].model, theirs.text_encoder_2, xl.text.encoders[1].model),
+    ):
+        expected = {k.removeprefix("text_model.").replace(".base_layer", ""): v for k, v in its.state_dict().items()}
+        for (key, value), old in zip(mine.state_dict().items(), before.state_dict().values(), strict=True):
+            assert relative_error(value, expected[key.removeprefix("text_model.")]) < 1e-4, key
+            changed += not torch.equal(value, old)
+    assert changed == len(ORIGINAL) + len(FIRST) + len(SECOND)
+    assert ours.fingerprint == xl.fingerprint
+    others = {name for name, digest in ours.digests.items() if digest != xl.digests[name]}
+    assert others == {"text encoder", "second text encoder"}
+
+
+# --- Turbo and Lightning -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "timesteps"), [(1, [999]), (4, [999, 749, 499, 249])])
+def test_turbo_paints_as_diffusers_does(steps: int, timesteps: list[int], xl_folder: Path) -> None:
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(xl_folder)
+    pipe.set_progress_bar_config(disable=True)
+    trailing = {**pipe.scheduler.config, "timestep_spacing": "trailing"}
+    ours = minireuse.load(xl_folder, device="cpu", spacing="trailing")
+    settings: dict[str, Any] = {"steps": steps, "guidance_scale": 1}
+    assert ours.timesteps(steps) == timesteps
+
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(trailing)
+    expected = by_diffusers(pipe, num_inference_steps=steps, guidance_scale=0.0)
+    assert pipe.scheduler.timesteps.tolist() == timesteps
+    assert relative_error(ours.generate(PROMPTS[0], latents=start(), **settings).latents, expected) < 1e-4
+
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(trailing)
+    expected = by_diffusers(pipe, num_inference_steps=steps, guidance_scale=0.0)
+    assert pipe.scheduler.timesteps.tolist() == timesteps
+    ours.schedule = replace(ours.schedule, last_alpha_cumprod=1.0)  # where that scheduler ends
+    # It takes sigma times the noise for what the noise is at t = 999, where a little of x_0 is left.
+    given = ours.generate(PROMPTS[0], latents=ours.schedule.sigma(999) * start(), sampler="euler", **settings).latents
+    assert relative_error(given, expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
+def test_a_folder_of_turbo_says_its_spacing(name: str, xl_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(xl_folder, tmp_path / "turbo")
+    edit_json(folder / "scheduler" / "scheduler_config.json", _class_name=name, timestep_spacing="trailing")
+    assert minireuse.load(folder, device="meta").timesteps(4) == [999, 749, 499, 249]
+
+
+def test_turbo_from_the_command_line(original: Callable[..., Any], tokenizer_folder: Path, tmp_path: Path) -> None:
+    original()
+    argv = ["--model", str(tmp_path / "xl.safetensors"), "--tokenizer", str(tokenizer_folder), "--prompt", "a lake"]
+    argv += ["--height", "64", "--width", "64", "--steps", "1", "--spacing", "trailing", "--guidance-scale", "1"]
+    assert sample.main([*argv, "--quiet", "--out", str(tmp_path / "a.png")]) == 0
+    with Image.open(tmp_path / "a.png") as image:
+        assert "negative_prompt" not in image.text  # type: ignore[attr-defined]
+        assert (image.size, image.text["spacing"]) == ((64, 64), "trailing")  # type: ignore[attr-defined]
+    again = ["--from-png", str(tmp_path / "a.png"), "--tokenizer", str(tokenizer_folder)]
+    assert sample.main([*again, "--out", str(tmp_path / "b.png")]) == 0
+    pictures = [np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png")]
+    assert np.array_equal(*pictures)
+    # An empty negative prompt is another thing than none, with guidance.
+    guided = [*argv[:-2], "--quiet"]
+    assert sample.main([*guided, "--out", str(tmp_path / "none.png")]) == 0
+    assert sample.main([*guided, "--negative-prompt", "", "--out", str(tmp_path / "empty.png")]) == 0
+    none, empty = (np.asarray(Image.open(tmp_path / name)) for name in ("none.png", "empty.png"))
+    assert not np.array_equal(none, empty)
+    for name in ("none", "empty"):
+        again = ["--from-png", str(tmp_path / f"{name}.png"), "--tokenizer", str(tokenizer_folder), "--quiet"]
+        assert sample.main([*again, "--out", str(tmp_path / f"{name}-again.png")]) == 0
+        pictures = [np.asarray(Image.open(tmp_path / f"{name}{end}.png")) for end in ("", "-again")]
+        assert np.array_equal(*pictures)
