@@ -353,7 +353,8 @@ class Pipeline:
         Raises: ValueError for another shape, and for what is not finite.
         """
         given = tuple(embeds.shape)
-        if len(given) != len(shape) or any(a == 0 or b not in (a, str(b)) for a, b in zip(given, shape, strict=True)):
+        fits = lambda size, wanted: size > 0 if isinstance(wanted, str) else size == wanted  # noqa: E731
+        if len(given) != len(shape) or not all(map(fits, given, shape)):
             expected = ", ".join(map(str, shape))
             raise ValueError(f"{name} have shape {given}, expected ({expected}), as text.condition gives")
         if not torch.isfinite(embeds).all():

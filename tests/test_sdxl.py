@@ -28,6 +28,7 @@ from minireuse.checkpoints import ldm
 from minireuse.checkpoints import parts as checkpoint
 from minireuse.checkpoints.configs import write_unet_config, write_vae_config
 from minireuse.checkpoints.tensors import CheckpointError
+from minireuse.compilation import CompiledUNet
 from minireuse.config import SDXL_UNET, SDXL_VAE
 from minireuse.plan import ReusePlan
 from minireuse.policies import Searched, deepcache, phast, select, tgate
@@ -62,6 +63,18 @@ def test_unet_equals_diffusers() -> None:
             assert relative_error(unet(x, t, context, added=added), expected) < 1e-5
             other = unet(x, t, context, added=unet.added(pooled, height=96, width=64))
             assert relative_error(other, expected) > 1e-4  # height and width are not alike
+
+
+def test_compiled_unet_is_told_the_same() -> None:
+    config = replace(TINY_XL_UNET, block_out_channels=(16,), attention=(True,), heads=(2,), depths=())
+    unet = UNet(config).eval()
+    x, context, pooled = torch.randn(2, 4, 4, 4), torch.randn(2, 5, 56), torch.randn(2, 20)
+    with torch.inference_mode():
+        quick, added = CompiledUNet(unet, backend="eager"), unet.added(pooled, 8, 8)
+        for more in (added, 2 * added):  # the second one by the same graph
+            expected = unet(x, 9.0, context, added=more)
+            torch.testing.assert_close(quick(x, 9.0, unet.text_kv(context), added=more), expected)
+    assert len(quick.graphs) == 1
 
 
 def test_unet_says_what_it_is_not_told(smallest_unet: UNet) -> None:
