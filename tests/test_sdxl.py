@@ -33,6 +33,7 @@ from minireuse.config import SDXL_UNET, SDXL_VAE
 from minireuse.plan import ReusePlan
 from minireuse.policies import Searched, deepcache, phast, select, tgate
 from minireuse.sample import command as sample
+from minireuse.search import measure
 from minireuse.text import TextEncoder
 from minireuse.unet import UNet
 from minireuse.vae import VAE
@@ -588,6 +589,11 @@ def test_a_searched_plan_of_maps_is_followed_as_an_attention_processor_does(
     assert plan.grid == "..#.##.#"
     assert relative_error(given, expected) < 1e-4
     assert relative_error(given, painted(xl)) > 5e-3
+
+
+def test_the_costs_of_calls_are_measured(xl: minireuse.Pipeline) -> None:
+    costs = measure(xl, [select(xl.sites, kind="deep")], rounds=1)
+    assert (len(costs.store), len(costs.reuse)) == (1, 1)
 
 
 def test_a_dry_run_at_1024_pixels_tells_the_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -262,7 +262,7 @@ def read_second_text_encoder(path: Path) -> None:
     fill(text.model, sources, path, torch.float32, names=partial(ldm.names, "text_2"))
 
 
-@settings(few, max_examples=3 * CASES)
+@settings(few, max_examples=2 * CASES)
 @given(data=st.data())
 def test_xl_single_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Of Stable Diffusion XL: what it is and what it says of its prediction, and its second text encoder."""
