@@ -33,6 +33,7 @@ from minireuse.config import SDXL_UNET, SDXL_VAE
 from minireuse.plan import ReusePlan
 from minireuse.policies import Searched, deepcache, phast, select, tgate
 from minireuse.sample import command as sample
+from minireuse.sample.forecast import forecast
 from minireuse.search import measure
 from minireuse.text import TextEncoder
 from minireuse.unet import UNet
@@ -585,7 +586,11 @@ def test_a_searched_plan_of_maps_is_followed_as_an_attention_processor_does(
     assert len(sites) == 2 * (2 * 2 + 2 * 3 + 3 + 3 * 3 + 3 * 2)  # self and cross, down, in the middle and up
     searched = Searched(ReusePlan.stepwise(reuses, sites), xl.fingerprint, "ddim")
     plan = phast(STEPS, sites, plans=[searched], k=4, model=xl.fingerprint)
-    given = painted(xl, plan)
+    cache = ReuseCache(torch.float32)
+    result = xl.generate(PROMPTS[0], steps=STEPS, plan=plan, latents=start(), cache=cache)
+    told = forecast(xl.unet, plan, batch=1, size=(8, 8), cache_dtype=torch.float32)
+    assert result.cache_peak_bytes == told.peak
+    given = result.latents
     assert plan.grid == "..#.##.#"
     assert relative_error(given, expected) < 1e-4
     assert relative_error(given, painted(xl)) > 5e-3
@@ -601,18 +606,22 @@ def test_a_dry_run_at_1024_pixels_tells_the_bytes(tmp_path: Path, capsys: pytest
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(content))
-    told = {}
-    for sites, kind in (("self", "map"), ("cross", "map"), ("self", "out")):
-        options = ["--policy", "hurry", "--steps", "2", "--reuse", "1", "--sites", sites, "--kind", kind]
-        argv = ["--model", str(tmp_path), "--prompt", "a lake", *options, "--dry-run", "--json"]
-        assert sample.main(argv) == 0
-        told[sites, kind] = json.loads(capsys.readouterr().out)["cache_peak_bytes"]
+    found: dict[str, int] = {"attn1": 0, "attn2": 0, "peak": 0}
+    options = ["--policy", "hurry", "--steps", "2", "--reuse", "1", "--dry-run", "--json"]
+    for more in (["--kind", "map"], ["--kind", "out", "--sites", "self"]):
+        assert sample.main(["--model", str(tmp_path), "--prompt", "a lake", *options, *more]) == 0
+        told = json.loads(capsys.readouterr().out)
+        found["peak"] = told["cache_peak_bytes"]
+        if more[1] == "map":
+            for site, size in told["sites"].items():
+                found[site.rsplit(".", 1)[1]] += size
+            assert found["peak"] == sum(told["sites"].values())
     # Two halves of float16: at 64 x 64 tokens 10 blocks of 10 heads, at 32 x 32 tokens 60 blocks of 20 heads.
-    rows = 2 * 2 * (10 * 10 * 64**2, 60 * 20 * 32**2)[0], 2 * 2 * (60 * 20 * 32**2)
-    assert told["self", "map"] == rows[0] * 64**2 + rows[1] * 32**2 == 11_200 * 2**20
-    assert told["cross", "map"] == sum(rows) * 77
-    assert round(told["cross", "map"] / 2**20) == 481
-    assert told["self", "out"] == sum(rows) * 64 == 400 * 2**20
+    rows = 2 * 2 * 10 * 10 * 64**2, 2 * 2 * 60 * 20 * 32**2
+    assert found["attn1"] == rows[0] * 64**2 + rows[1] * 32**2 == 11_200 * 2**20
+    assert found["attn2"] == sum(rows) * 77
+    assert round(found["attn2"] / 2**20) == 481
+    assert found["peak"] == sum(rows) * 64 == 400 * 2**20  # the outputs
 
 
 # --- LoRA ----------------------------------------------------------------------------------------------------------
