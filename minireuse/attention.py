@@ -222,14 +222,16 @@ def _output_or_kept(
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the positions of a feature map, inside a residual."""
+    """Transformer blocks over the positions of a feature map, inside a residual."""
 
-    def __init__(self, channels: int, context_width: int, heads: int, *, groups: int, linear: bool) -> None:
+    def __init__(
+        self, channels: int, context_width: int, heads: int, *, depth: int = 1, groups: int, linear: bool
+    ) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # 1e-6 here, unlike the U-Net's other norms
-        # SD 1.x projects with 1x1 convolutions, SD 2.x with linear layers: same values, weights of another shape.
+        # SD 1.x projects with 1x1 convolutions, others with linear layers: same values, weights of another shape.
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_width, heads)])
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context_width, heads) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.linear = linear
 

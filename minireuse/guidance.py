@@ -23,7 +23,14 @@ class ConditionalUNet(Protocol):
         """As `UNet.text_kv`."""
 
     def __call__(
-        self, x: Tensor, t: float, context: TextKV, step: StepPlan, cache: ReuseCache, watch: Watch | None
+        self,
+        x: Tensor,
+        t: float,
+        context: TextKV,
+        step: StepPlan,
+        cache: ReuseCache,
+        watch: Watch | None,
+        added: Tensor | None,
     ) -> Tensor:
         """As `UNet.forward`."""
 
@@ -54,11 +61,13 @@ def guided_denoise(
     guidance_rescale: float = 0.0,
     attention: str = "fused",
     watch: Watch | None = None,
+    added: Tensor | None = None,
 ) -> Denoise:
     """`denoise(x, t, call)`, of which samplers learn x_0 and eps, with classifier-free guidance, following `plan`.
 
     guidance_rescale: how much of the guided output's excess in contrast is taken back, 0 to 1 (`rescaled`).
     watch: sees, and may change, the scores of every attention that is computed (`minireuse.attention.Watch`).
+    added: what an SDXL U-Net is told beside the context (`UNet.added`), in the layout of the context.
     The unconditional half comes first in the batch: the order is part of what a cached tensor means.
 
     Shapes: context (2B, M, D), unconditional first, or (B, M, D) at guidance scale 1 (off); x (B, 4, h, w).
@@ -69,20 +78,21 @@ def guided_denoise(
     steps = [replace(plan.step(call), explicit=attention == "explicit") for call in range(plan.calls)]
     inside = [step.inside for step in steps]
     # The prompt does not change between calls, so its keys and values are computed here, once per batch layout.
-    prompt = context if guidance_scale == 1 else context.chunk(2)[1]
+    half = lambda both: both if guidance_scale == 1 or both is None else both.chunk(2)[1]  # noqa: E731
     layouts = {step.guided for step in steps}
-    text = {guided: unet.text_kv(context if guided else prompt) for guided in layouts}
+    text = {guided: unet.text_kv(context if guided else half(context)) for guided in layouts}
+    extra = {guided: added if guided else half(added) for guided in layouts}
 
     def predict(x: Tensor, t: float, call: int) -> Tensor:
         step = inside[call]
         # The solver's state stays in float32 whatever precision the model computes in.
         latents = x.to(context.dtype)
         if step.guided:
-            both = unet(torch.cat([latents, latents]), t, text[True], step, cache, watch).to(x.dtype)
+            both = unet(torch.cat([latents, latents]), t, text[True], step, cache, watch, extra[True]).to(x.dtype)
             unconditional, conditional = both.chunk(2)
             output = unconditional + guidance_scale * (conditional - unconditional)
             return rescaled(output, conditional, guidance_rescale) if guidance_rescale else output
-        return unet(latents, t, text[False], step, cache, watch).to(x.dtype)
+        return unet(latents, t, text[False], step, cache, watch, extra[False]).to(x.dtype)
 
     return _keeping(predict if schedule.prediction_type == "epsilon" else from_v(predict, schedule), steps, cache)
 

@@ -27,7 +27,7 @@ from minireuse.guidance import ConditionalUNet, guided_denoise
 from minireuse.plan import ReusePlan, Site
 from minireuse.samplers import SAMPLERS, Denoise, Sampler, Step, call_timesteps, count_calls
 from minireuse.schedule import PREDICTION_TYPES, Schedule
-from minireuse.text import TextEncoder
+from minireuse.text import Conditioning, TextEncoder, TextEncoders
 from minireuse.unet import UNet
 from minireuse.vae import VAE
 
@@ -85,7 +85,8 @@ def load(
         parts = checkpoints.load_parts(folder, precision, prediction_type, tokenizer)
         if found:
             before = _sampled(parts.unet.parameters())
-            checkpoints.merge_loras({"unet": parts.unet, "text_encoder": parts.text.model}, found)
+            texts = zip(("text_encoder", "text_encoder_2"), parts.text.encoders, strict=False)
+            checkpoints.merge_loras({"unet": parts.unet, **{name: text.model for name, text in texts}}, found)
     # Convolutions are faster with channels last on CUDA's tensor cores and in oneDNN.
     unet = parts.unet.to(place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     vae = parts.vae.to(place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -103,7 +104,7 @@ class Pipeline:
 
     unet: UNet
     vae: VAE
-    text: TextEncoder
+    text: TextEncoder | TextEncoders
     schedule: Schedule
     guidance_scale: float = GUIDANCE_SCALE  # what `generate` takes where none is given
     compiled: ConditionalUNet | None = None  # what `generate` calls instead of `unet`, such as a `CompiledUNet` of it
@@ -162,17 +163,12 @@ class Pipeline:
         """
         if self.device.type == "meta":
             return {}
-        text = self.text.model
-        # By the names of transformers 5, so that another version's order does not matter.
-        encoder = {name.removeprefix("text_model."): tensor for name, tensor in text.named_parameters()}
+        texts = zip(("text encoder", "second text encoder"), self.text.encoders, strict=False)
         table = self.schedule.alphas_cumprod.float()  # the last digits of a double may depend on the machine
         return {
             "U-Net": _digest(self.fingerprint, _settings(self.unet.config)),
             "VAE": _digest(_sampled(self.vae.parameters()), _settings(self.vae.config)),
-            "text encoder": _digest(
-                _sampled(encoder[name] for name in sorted(encoder)),
-                [text.config.num_attention_heads, text.config.hidden_act, text.config.layer_norm_eps],
-            ),
+            **{name: _text_digest(encoder) for name, encoder in texts},
             "schedule": _digest(table.tolist(), self.schedule.last_alpha_cumprod == 1, self.schedule.offset),
         }
 
@@ -217,9 +213,11 @@ class Pipeline:
         self,
         prompts: str | Sequence[str] | None = None,
         *,
-        negative_prompts: str | Sequence[str] | None = None,
+        negative_prompts: str | Sequence[str | None] | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
         steps: int | Sequence[float] = 20,
         sampler: str = "ddim",
         guidance_scale: float | None = None,
@@ -241,11 +239,13 @@ class Pipeline:
     ) -> Result:
         """Generate one batch of images: a prompt and a seed each, either of them given once for all.
 
+        negative_prompts: None is none, which SDXL tells from "".
         prompt_embeds, negative_prompt_embeds: (B, M, D), what the text encoder would give, instead of its texts. M may
-        be more than 77, but is the same in both.
+        be more than 77, but is the same in both. SDXL needs pooled_prompt_embeds and negative_pooled_prompt_embeds,
+        (B, P), beside them.
         steps: how many timesteps, spaced as `schedule` says, or the timesteps themselves, falling.
         height, width: pixels; None is what the model was trained at. latents: initial noise instead of the seeds'.
-        guidance_scale: None is the model's own, or 7.5 where the model says nothing; 1 is off, and 0 runs as 1.
+        guidance_scale: None is the model's own, or where it says nothing 7.5, or 5 for SDXL; 1 is off, and 0 runs as 1.
         clip_skip: the layer of the text encoder: 1 the last, 2 the one before (`TextEncoder.encode`); None is its own.
         guidance_rescale: 0 to 1, how much of the contrast that guidance adds is taken back (arXiv 2305.08891).
         init_images: (B, 3, H, W) in -1 ... 1, taken `strength` of the way to noise and denoised from there. At 1 all
@@ -278,19 +278,19 @@ class Pipeline:
             raise ValueError("the cache still holds tensors of another run; pass a new one or call its clear()")
 
         if negative_prompts is None and negative_prompt_embeds is None:
-            negative_prompts = ""
-        positive = self._texts("prompt", prompts, prompt_embeds)
-        negative = self._texts("negative_prompt", negative_prompts, negative_prompt_embeds)
+            negative_prompts = (None,)
+        positive = self._texts("", prompts, prompt_embeds, pooled_prompt_embeds)
+        negative = self._texts("negative_", negative_prompts, negative_prompt_embeds, negative_pooled_prompt_embeds)
         seeds = [seeds] if isinstance(seeds, (int, np.integer)) else list(seeds)
         positive, negative, seeds = _batch(
             {"prompts": positive, "negative_prompts": negative, "seeds": [operator.index(seed) for seed in seeds]}
         )
-        context = (
-            self._context(clip_skip, positive) if guidance_scale == 1 else self._context(clip_skip, negative, positive)
-        )
+        groups = [positive] if guidance_scale == 1 else [negative, positive]
+        context, pooled = self._conditioning(clip_skip, *groups)
         # One generator per image, on the CPU: an image depends on its own seed alone, on every device and in any batch.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         x = self._start(generators, (height, width), latents, init_images, timesteps[0])
+        pixels_high, pixels_wide = (self.vae.config.factor * side for side in x.shape[2:])
         denoise = guided_denoise(
             self.compiled or self.unet,
             context,
@@ -301,6 +301,7 @@ class Pipeline:
             guidance_rescale=guidance_rescale,
             attention=attention,
             watch=watch,
+            added=self.unet.added(pooled, pixels_high, pixels_wide),
         )
         if wrap is not None:
             denoise = wrap(denoise)
@@ -325,36 +326,60 @@ class Pipeline:
             raise ValueError(f"the latents became NaN or inf at {where}, computed in {self.dtype}; try dtype float32")
         return Result(self.to_images(x), x, seconds, calls, cache.peak_nbytes)
 
-    def _texts(self, name: str, texts: str | Sequence[str] | None, embeds: Tensor | None) -> list[Any]:
-        """The texts of a batch, or what stands for them, (M, D) each.
+    def _texts(
+        self, kind: str, texts: str | Sequence[str | None] | None, embeds: Tensor | None, pooled: Tensor | None
+    ) -> list[Any]:
+        """The texts of a batch, or what stands for each of them: a `Conditioning`, without the batch's dimension.
 
-        Raises: ValueError for both of them, none, or what does not fit the U-Net.
+        kind: "" or "negative_". Raises: ValueError for both of them, none, or what does not fit the U-Net.
         """
+        name = f"{kind}prompt"
         if (texts is None) == (embeds is None):
             given = "neither of them is given" if texts is None else "both are given"
             raise ValueError(f"{name}s and {name}_embeds: {given}; give one of them")
+        pooled_width, pooled_name = self.unet.config.pooled_width, f"{kind}pooled_prompt_embeds"
+        if pooled is not None and (embeds is None or pooled_width is None):
+            reason = "there are no" if embeds is None else "this model reads only"
+            raise ValueError(f"{pooled_name} are given, but {reason} {name}_embeds; leave them out")
         if embeds is None:
             return [texts] if isinstance(texts, str) else list(texts or [])
-        width = self.unet.config.cross_attention_dim
-        shape = tuple(embeds.shape)
-        if len(shape) != 3 or 0 in shape or shape[2] != width:
-            raise ValueError(f"{name}_embeds have shape {shape}, expected (B, tokens, {width}), as text.encode gives")
-        if not torch.isfinite(embeds).all():
-            raise ValueError(f"{name}_embeds hold NaN or inf; compute them again, in float32")
-        return list(embeds.to(self.device, self.dtype))
+        context = self._embeds(f"{name}_embeds", embeds, ("B", "tokens", self.unet.config.cross_attention_dim))
+        if pooled_width is None:
+            return list(map(Conditioning, context))
+        if pooled is None:
+            raise ValueError(f"{name}_embeds are given without {pooled_name}, which this model reads, too; give both")
+        rows = self._embeds(pooled_name, pooled, (len(context), pooled_width))
+        return list(map(Conditioning, context, rows))
 
-    def _context(self, clip_skip: int | None, *groups: list[Any]) -> Tensor:
-        """The context of texts and of what stands for them. Shapes: -> (B of all groups together, M, D)."""
-        if all(isinstance(text, str) for group in groups for text in group):
-            return self.text.encode([text for group in groups for text in group], clip_skip)
-        parts = [self.text.encode(g, clip_skip) if isinstance(g[0], str) else torch.stack(g) for g in groups]
-        if len({part.shape[1] for part in parts}) > 1:
-            lengths = " and ".join(str(part.shape[1]) for part in parts)
+    def _embeds(self, name: str, embeds: Tensor, shape: Sequence[int | str]) -> Tensor:
+        """What another library made of texts, as the U-Net takes it. shape: a name stands for any size but 0.
+
+        Raises: ValueError for another shape, and for what is not finite.
+        """
+        given = tuple(embeds.shape)
+        fits = lambda size, wanted: size > 0 if isinstance(wanted, str) else size == wanted  # noqa: E731
+        if len(given) != len(shape) or not all(map(fits, given, shape)):
+            expected = ", ".join(map(str, shape))
+            raise ValueError(f"{name} have shape {given}, expected ({expected}), as text.condition gives")
+        if not torch.isfinite(embeds).all():
+            raise ValueError(f"{name} hold NaN or inf; compute them again, in float32")
+        return embeds.to(self.device, self.dtype)
+
+    def _conditioning(self, clip_skip: int | None, *groups: list[Any]) -> Conditioning:
+        """What the U-Net is told of texts and of what stands for them: of all groups, one after the other."""
+        if not any(isinstance(text, Conditioning) for group in groups for text in group):
+            return self.text.condition([text for group in groups for text in group], clip_skip)
+        parts = [
+            _joined(torch.stack, g) if isinstance(g[0], Conditioning) else self.text.condition(g, clip_skip)
+            for g in groups
+        ]
+        if len({part.context.shape[1] for part in parts}) > 1:
+            lengths = " and ".join(str(part.context.shape[1]) for part in parts)
             raise ValueError(
                 f"negative and positive prompts are {lengths} tokens long, expected the same length; "
                 "give prompt_embeds and negative_prompt_embeds of one length"
             )
-        return torch.cat(parts)
+        return _joined(torch.cat, parts)
 
     def _start(
         self,
@@ -407,9 +432,10 @@ class Pipeline:
 
         Shapes: as the function's; float32. Raises: ValueError for what is not finite even so.
         """
-        outputs = torch.cat([function(self.vae, x[None].to(self.dtype)).float() for x in inputs])
-        if not torch.isfinite(outputs).all() and self.dtype != torch.float32:
-            warnings.warn(f"the VAE overflowed in {self.dtype}, so the images are {done} in float32", stacklevel=3)
+        dtype = self.vae.quant_conv.weight.dtype  # not always that of the U-Net: `VAEConfig.force_upcast`
+        outputs = torch.cat([function(self.vae, x[None].to(dtype)).float() for x in inputs])
+        if not torch.isfinite(outputs).all() and dtype != torch.float32:
+            warnings.warn(f"the VAE overflowed in {dtype}, so the images are {done} in float32", stacklevel=3)
             vae = copy.deepcopy(self.vae).float()
             outputs = torch.cat([function(vae, x[None].float()) for x in inputs])
         if not torch.isfinite(outputs).all():
@@ -422,6 +448,12 @@ class Pipeline:
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
+
+
+def _joined(how: Callable[[list[Tensor]], Tensor], parts: Sequence[Conditioning]) -> Conditioning:
+    """Several of them as one. how: `torch.cat` for batches, `torch.stack` for single ones."""
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    return Conditioning(how([part.context for part in parts]), how(pooled) if pooled else None)
 
 
 def _sampled(tensors: Iterable[Tensor]) -> str:
@@ -441,6 +473,16 @@ def _settings(config: UNetConfig | VAEConfig) -> dict[str, object]:
     """
     values = {field.name: (getattr(config, field.name), field.default) for field in fields(config)}
     return {name: own for name, (own, default) in values.items() if own != default and name != "sample_size"}
+
+
+def _text_digest(encoder: TextEncoder) -> str:
+    config = encoder.model.config
+    # By the names of transformers 5, so that another version's order does not matter.
+    tensors = {name.removeprefix("text_model."): tensor for name, tensor in encoder.model.named_parameters()}
+    return _digest(
+        _sampled(tensors[name] for name in sorted(tensors)),
+        [config.num_attention_heads, config.hidden_act, config.layer_norm_eps],
+    )
 
 
 def _digest(*values: object) -> str:

@@ -72,6 +72,7 @@ class ScheduleConfig:
     last_alpha_one: bool = False  # alpha-bar after the last step: 1, or (False, as in SD) alphas_cumprod[0]
     zero_snr: bool = False  # betas rescaled so that the last timestep is noise alone (arXiv 2305.08891 algorithm 1)
     alphas_cumprod: tuple[float, ...] | None = None  # the table itself, where no formula of the betas gives it
+    family: str = "sd"  # of the model, "sdxl" for Stable Diffusion XL: each has an Align Your Steps list
 
 
 SD_SCHEDULE = ScheduleConfig()  # Stable Diffusion 1.x's
@@ -126,7 +127,7 @@ class Schedule:
             root = table.sqrt()
             table = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
         last = 1.0 if config.last_alpha_one else table[0].item()
-        return cls(table, last, config.prediction_type, config.spacing, config.offset)
+        return cls(table, last, config.prediction_type, config.spacing, config.offset, config.family)
 
     @property
     def end(self) -> float:

@@ -46,11 +46,11 @@ class Block(nn.Module):
     It only holds modules under the checkpoint's names. The U-Net walks over them, since skip connections cross levels.
     """
 
-    def __init__(self, widths: Iterable[tuple[int, int]], config: UNetConfig, heads: int | None) -> None:
+    def __init__(self, widths: Iterable[tuple[int, int]], config: UNetConfig, level: int) -> None:
         super().__init__()
         widths = list(widths)
         self.resnets = nn.ModuleList(_resnet(a, b, config) for a, b in widths)
-        self.attentions = nn.ModuleList(_transformer(b, heads, config) for _, b in widths if heads is not None)
+        self.attentions = nn.ModuleList(_transformer(level, config) for _ in widths if config.attention[level])
 
     def pairs(self) -> Iterator[tuple[nn.Module, SpatialTransformer | None]]:
         """Each residual block with the transformer after it."""
@@ -58,25 +58,27 @@ class Block(nn.Module):
 
 
 class DownBlock(Block):
-    def __init__(self, in_channels: int, channels: int, config: UNetConfig, heads: int | None, *, down: bool) -> None:
-        super().__init__(pairwise([in_channels] + [channels] * config.layers_per_block), config, heads)
+    def __init__(self, in_channels: int, config: UNetConfig, level: int) -> None:
+        channels = config.block_out_channels[level]
+        super().__init__(pairwise([in_channels] + [channels] * config.layers_per_block), config, level)
+        down = level < len(config.block_out_channels) - 1
         self.downsamplers = nn.ModuleList([Downsample(channels, symmetric=True)] if down else [])
 
 
 class UpBlock(Block):
-    def __init__(
-        self, in_channels: int, skips: list[int], channels: int, config: UNetConfig, heads: int | None, *, up: bool
-    ) -> None:
+    def __init__(self, in_channels: int, skips: list[int], config: UNetConfig, level: int) -> None:
+        channels = config.block_out_channels[level]
         widths = [in_channels] + [channels] * (len(skips) - 1)
-        super().__init__(((a + skip, channels) for a, skip in zip(widths, skips, strict=True)), config, heads)
-        self.upsamplers = nn.ModuleList([Upsample(channels)] if up else [])
+        super().__init__(((a + skip, channels) for a, skip in zip(widths, skips, strict=True)), config, level)
+        self.upsamplers = nn.ModuleList([Upsample(channels)] if level > 0 else [])
 
 
 class MidBlock(nn.Module):
-    def __init__(self, channels: int, config: UNetConfig, heads: int) -> None:
+    def __init__(self, config: UNetConfig) -> None:
         super().__init__()
+        channels = config.block_out_channels[-1]
         self.resnets = nn.ModuleList(_resnet(channels, channels, config) for _ in range(2))
-        self.attentions = nn.ModuleList([_transformer(channels, heads, config)])
+        self.attentions = nn.ModuleList([_transformer(-1, config)])
 
     def forward(
         self, x: Tensor, time: Tensor, context: Text, step: StepPlan, cache: ReuseCache | None, watch: Watch | None
@@ -93,14 +95,15 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         widths = config.block_out_channels
-        heads = [h if a else None for h, a in zip(config.heads, config.attention, strict=True)]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
+        added = config.added_width
+        self.add_embedding = None if added is None else TimestepEmbedding(added, 4 * widths[0])
         self.down_blocks = nn.ModuleList(
-            DownBlock(widths[max(i - 1, 0)], width, config, heads[i], down=i < last) for i, width in enumerate(widths)
+            DownBlock(widths[max(level - 1, 0)], config, level) for level in range(len(widths))
         )
-        self.mid_block = MidBlock(widths[-1], config, config.heads[-1])
+        self.mid_block = MidBlock(config)
         skips = [widths[0]]  # the widths of what the down path leaves for the up path, in order
         for i, width in enumerate(widths):
             skips += [width] * (config.layers_per_block + (i < last))
@@ -108,7 +111,7 @@ class UNet(nn.Module):
         width = widths[-1]
         for i in reversed(range(len(widths))):
             taken = [skips.pop() for _ in range(config.layers_per_block + 1)]
-            self.up_blocks.append(UpBlock(width, taken, widths[i], config, heads[i], up=i > 0))
+            self.up_blocks.append(UpBlock(width, taken, config, i))
             width = widths[i]
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=EPS)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
@@ -168,6 +171,18 @@ class UNet(nn.Module):
         layers = (m for m in self.modules() if isinstance(m, TransformerBlock))
         return TextKV({m.attn2.address: m.attn2.project(context) for m in layers})
 
+    def added(self, pooled: Tensor | None, height: int, width: int) -> Tensor | None:
+        """What SDXL is told of a picture beside the context: the pooled text, and sizes; None where nothing is told.
+
+        The sizes are those of the original, of the corner it was cropped at, and of the picture: height first.
+        Shapes: pooled (B, P) -> (B, P + 6 S). Units: pixels. Source: arXiv 2307.01952 section 2.2.
+        """
+        if pooled is None:
+            return None
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=pooled.device)
+        told = timestep_embedding(sizes, self.config.size_width).flatten().to(pooled.dtype)  # (6 S,)
+        return torch.cat([pooled, told.expand(len(pooled), -1)], dim=1)
+
     def forward(
         self,
         x: Tensor,
@@ -176,19 +191,30 @@ class UNet(nn.Module):
         step: StepPlan | None = None,
         cache: ReuseCache | None = None,
         watch: Watch | None = None,
+        added: Tensor | None = None,
     ) -> Tensor:
         """The model's prediction; `step` and `cache` None make it an ordinary U-Net, `watch` looks at its attention.
 
-        Shapes: x (B, 4, h, w), t scalar or (B,), context (B, M, D) or `text_kv` of it -> (B, 4, h, w).
+        added: what SDXL is told beside the context (`added`).
+        Shapes: x (B, 4, h, w), t scalar or (B,), context (B, M, D) or `text_kv` of it, added (B, P + 6 S)
+        -> (B, 4, h, w).
         """
         if step is not None and (step.reuse or step.store) and cache is None:
             raise ValueError("this step reuses or stores but there is no cache; pass a ReuseCache")
+        if (added is None) != (self.add_embedding is None):
+            raise ValueError(
+                "this U-Net also reads the pooled text and sizes; pass what its added() gives"
+                if added is None
+                else "this U-Net reads no pooled text and sizes; leave out added"
+            )
         step = PLAIN if step is None else step
         # A number is filled in on the device: copying it there would make the host wait for the device at every call.
         if not isinstance(t, Tensor):
             t = torch.full((1,), float(t), device=x.device)
         t = t.to(x.device).expand(x.shape[0])  # (B,)
         time = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))  # (B, 4 C)
+        if self.add_embedding is not None:
+            time = time + self.add_embedding(added)
 
         down, up = self._down_layers(), self._up_layers()
         # At most one deep feature is reused, since it skips the deeper ones: the walk then turns round where it enters.
@@ -219,6 +245,12 @@ def _resnet(in_channels: int, out_channels: int, config: UNetConfig) -> ResnetBl
     return ResnetBlock(in_channels, out_channels, groups=config.norm_groups, eps=EPS, time_width=time_width)
 
 
-def _transformer(channels: int, heads: int, config: UNetConfig) -> SpatialTransformer:
-    width, linear = config.cross_attention_dim, config.linear_projection
-    return SpatialTransformer(channels, width, heads, groups=config.norm_groups, linear=linear)
+def _transformer(level: int, config: UNetConfig) -> SpatialTransformer:
+    return SpatialTransformer(
+        config.block_out_channels[level],
+        config.cross_attention_dim,
+        config.heads[level],
+        depth=config.depths[level] if config.depths else 1,
+        groups=config.norm_groups,
+        linear=config.linear_projection,
+    )

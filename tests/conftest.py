@@ -19,11 +19,12 @@ import diffusers
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import minireuse
 from minireuse.config import UNetConfig, VAEConfig
 from minireuse.schedule import ScheduleConfig
+from minireuse.unet import UNet
 
 import faults
 from make_tokenizer import make_tokenizer
@@ -69,6 +70,19 @@ SMALLEST_UNET = UNetConfig(
     heads=(2,),
     cross_attention_dim=32,
     norm_groups=8,
+    sample_size=8,
+)
+TINY_XL_UNET = UNetConfig(
+    block_out_channels=(16, 32, 32),
+    attention=(False, True, True),
+    layers_per_block=2,
+    heads=(1, 2, 4),
+    depths=(1, 2, 3),
+    cross_attention_dim=56,  # 32 of one text encoder and 24 of the other
+    linear_projection=True,
+    norm_groups=8,
+    pooled_width=20,
+    size_width=8,
     sample_size=8,
 )
 TINY_VAE = VAEConfig(block_out_channels=(16, 32), layers_per_block=1, norm_groups=8, scaling_factor=0.5, sample_size=16)
@@ -141,6 +155,44 @@ def write_pipeline(
     return folder
 
 
+TINY_XL_TEXTS = {  # of both text encoders
+    1: {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "hidden_act": "quick_gelu"},
+    2: {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "hidden_act": "gelu"},
+}
+
+
+def xl_modules(tokenizer_folder: Path, unet: UNetConfig = TINY_XL_UNET) -> dict[str, Any]:
+    """The parts of a tiny Stable Diffusion XL, made by diffusers and transformers."""
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    torch.manual_seed(0)
+    # As published: ids that are none of the tokenizer's, of which transformers knows to make the right thing.
+    common = {"vocab_size": len(tokenizer), "intermediate_size": 64, "bos_token_id": 0, "eos_token_id": 2}
+    first = CLIPTextConfig(**common, **TINY_XL_TEXTS[1], projection_dim=32)
+    second = CLIPTextConfig(**common, **TINY_XL_TEXTS[2], projection_dim=unet.pooled_width)
+    vae = VAEConfig(**vars(TINY_VAE) | {"scaling_factor": 0.13025, "force_upcast": True})
+    return {
+        "vae": randomise(diffusers.AutoencoderKL.from_config(write_vae_config(vae))),
+        "text_encoder": randomise(CLIPTextModel(first), 1),
+        "text_encoder_2": randomise(CLIPTextModelWithProjection(second), 2),
+        "tokenizer": tokenizer,
+        "tokenizer_2": CLIPTokenizer.from_pretrained(tokenizer_folder, pad_token="!"),
+        "unet": randomise(diffusers.UNet2DConditionModel.from_config(write_unet_config(unet))),
+        "scheduler": diffusers.DDIMScheduler.from_config(write_schedule_config(ScheduleConfig())),
+    }
+
+
+@pytest.fixture(scope="session")
+def xl_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("xl")
+    diffusers.StableDiffusionXLPipeline(**xl_modules(tokenizer_folder)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def xl(xl_folder: Path) -> minireuse.Pipeline:
+    return minireuse.load(xl_folder, device="cpu")
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     return write_pipeline(tmp_path_factory.mktemp("model"), tokenizer_folder, ScheduleConfig())
@@ -164,3 +216,8 @@ def pipeline(model_folder: Path) -> minireuse.Pipeline:
 
 def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def smallest_unet() -> UNet:
+    return UNet(SMALLEST_UNET)

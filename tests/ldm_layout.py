@@ -2,14 +2,15 @@
 
 Source: CompVis/stable-diffusion `ldm/modules/diffusionmodules/openaimodel.py` (UNetModel) and `model.py` (Encoder,
 Decoder), `configs/stable-diffusion/v1-inference.yaml`; Stability-AI/stablediffusion `configs/stable-diffusion/
-v2-inference.yaml`; mlfoundations/open_clip `src/open_clip/transformer.py`.
+v2-inference.yaml`; Stability-AI/generative-models `configs/inference/sd_xl_base.yaml`; mlfoundations/open_clip
+`src/open_clip/transformer.py`.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,31 +25,54 @@ LAST_BLOCK = 23  # of OpenCLIP's 24: in the files, but SD 2 reads the output of 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What differs between the two families, and between a full model and one small enough for a test."""
+    """What differs between the families, and between a full model and one small enough for a test."""
 
     second: bool
-    unet: tuple[int, int, int, int]
+    unet: tuple[int, ...]
     context: int
     vae: tuple[int, int, int, int]
     text: int
     layers: int  # of the text encoder that are used
     vocabulary: int
+    attention_at: tuple[int, ...] = (1, 2, 4)  # halvings of the latent at which there are transformers
+    depths: tuple[int, ...] = (1, 1, 1, 1)
+    added: int = 0  # SDXL's: inputs of label_emb
+    text_2: int = 0
+    layers_2: int = 0
+    projection: int = 0
 
 
 FULL = {
     1: Sizes(False, (320, 640, 1280, 1280), 768, (128, 256, 512, 512), 768, 12, 49408),
     2: Sizes(True, (320, 640, 1280, 1280), 1024, (128, 256, 512, 512), 1024, 23, 49408),
 }
+XL = Sizes(
+    True,
+    (320, 640, 1280),
+    2048,
+    (128, 256, 512, 512),
+    768,
+    12,
+    49408,
+    attention_at=(2, 4),
+    depths=(0, 2, 10),
+    added=2816,
+    text_2=1280,
+    layers_2=32,
+    projection=1280,
+)
 
 
 def layout(sizes: Sizes) -> Shapes:
     """Every tensor that belongs to a model."""
+    shapes = {**_prefixed("model.diffusion_model", _unet(sizes)), **_prefixed("first_stage_model", _vae(sizes))}
+    if sizes.added:
+        second = replace(sizes, text=sizes.text_2, layers=sizes.layers_2)
+        projection: Shapes = {"text_projection": (sizes.text_2, sizes.projection)}
+        shapes |= _prefixed("conditioner.embedders.0.transformer", _clip(sizes))
+        return shapes | _prefixed("conditioner.embedders.1.model", _open_clip(second) | projection)
     text = _open_clip(sizes) if sizes.second else _clip(sizes)
-    return {
-        **_prefixed("model.diffusion_model", _unet(sizes)),
-        **_prefixed("first_stage_model", _vae(sizes)),
-        **_prefixed("cond_stage_model.model" if sizes.second else "cond_stage_model.transformer", text),
-    }
+    return shapes | _prefixed("cond_stage_model.model" if sizes.second else "cond_stage_model.transformer", text)
 
 
 def unused(sizes: Sizes) -> Shapes:
@@ -59,6 +83,9 @@ def unused(sizes: Sizes) -> Shapes:
     shapes: Shapes = dict.fromkeys([*tables, "logvar"], (1000,))
     shapes |= {"model_ema.decay": (), "model_ema.num_updates": (), "scale_factor": ()}
     shapes |= {"model_ema.diffusion_modelinput_blocks00weight": (sizes.unet[0], LATENT, 3, 3)}
+    if sizes.added:
+        shapes = {"conditioner.embedders.1.model.logit_scale": (), "denoiser.sigmas": (1000,)}
+        return shapes | {"conditioner.embedders.0.transformer.text_model.embeddings.position_ids": (1, 77)}
     if not sizes.second:
         return shapes | {"cond_stage_model.transformer.text_model.embeddings.position_ids": (1, 77)}
     head: Shapes = {"text_projection": (sizes.text, sizes.text), "logit_scale": (), "attn_mask": (77, 77)}
@@ -70,7 +97,9 @@ def random_tensors(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
     """A file's worth of values, no two tensors alike."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
-    return tensors | ({"alphas_cumprod": alphas_cumprod()} if "alphas_cumprod" in shapes else {})
+    table = alphas_cumprod()
+    tables = {"alphas_cumprod": table, "denoiser.sigmas": ((1 - table) / table).sqrt()}
+    return tensors | {key: tensor for key, tensor in tables.items() if key in shapes}
 
 
 def alphas_cumprod(power: int = 2) -> Tensor:
@@ -104,11 +133,10 @@ def _conv(inputs: int, outputs: int, kernel: int = 3) -> Shapes:
 
 def _unet(sizes: Sizes) -> Shapes:
     """Blocks are numbered as they are appended; inside a block, layers are numbered as they are appended."""
-    time = 4 * sizes.unet[0]
-    attention_at = (1, 2, 4)  # halvings of the latent at which there are transformers
+    time, last = 4 * sizes.unet[0], len(sizes.unet) - 1
 
-    def transformer(width: int) -> Shapes:
-        return _transformer(width, sizes.context, linear=sizes.second)
+    def transformer(width: int, level: int) -> Shapes:
+        return _transformer(width, sizes.context, linear=sizes.second, depth=sizes.depths[level])
 
     width, halving, skips = sizes.unet[0], 1, [sizes.unet[0]]
     inputs: list[list[Shapes]] = [[_conv(LATENT, width)]]
@@ -116,29 +144,31 @@ def _unet(sizes: Sizes) -> Shapes:
         for _ in range(2):
             block = [_resnet(width, level_width, time)]
             width = level_width
-            if halving in attention_at:
-                block.append(transformer(width))
+            if halving in sizes.attention_at:
+                block.append(transformer(width, level))
             inputs.append(block)
             skips.append(width)
-        if level < 3:
+        if level < last:
             inputs.append([_prefixed("op", _conv(width, width))])
             skips.append(width)
             halving *= 2
-    middle = [_resnet(width, width, time), transformer(width), _resnet(width, width, time)]
+    middle = [_resnet(width, width, time), transformer(width, last), _resnet(width, width, time)]
     outputs: list[list[Shapes]] = []
-    for level in (3, 2, 1, 0):
+    for level in range(last, -1, -1):
         for i in range(3):
             block = [_resnet(width + skips.pop(), sizes.unet[level], time)]
             width = sizes.unet[level]
-            if halving in attention_at:
-                block.append(transformer(width))
+            if halving in sizes.attention_at:
+                block.append(transformer(width, level))
             if level > 0 and i == 2:
                 block.append(_prefixed("conv", _conv(width, width)))
                 halving //= 2
             outputs.append(block)
     assert not skips
+    label = [("label_emb.0.0", _linear(sizes.added, time)), ("label_emb.0.2", _linear(time, time))]
     return {
         **_join([("time_embed.0", _linear(sizes.unet[0], time)), ("time_embed.2", _linear(time, time))]),
+        **_join(label if sizes.added else []),
         **_join((f"input_blocks.{i}.{j}", layer) for i, block in enumerate(inputs) for j, layer in enumerate(block)),
         **_join((f"middle_block.{j}", layer) for j, layer in enumerate(middle)),
         **_join((f"output_blocks.{i}.{j}", layer) for i, block in enumerate(outputs) for j, layer in enumerate(block)),
@@ -153,7 +183,7 @@ def _resnet(inputs: int, outputs: int, time: int) -> Shapes:
     return _join(parts + ([] if inputs == outputs else [("skip_connection", _conv(inputs, outputs, 1))]))
 
 
-def _transformer(width: int, context: int, linear: bool) -> Shapes:
+def _transformer(width: int, context: int, linear: bool, depth: int) -> Shapes:
     project = _linear(width, width) if linear else _conv(width, width, 1)
     block: list[tuple[str, Shapes]] = [(f"norm{i}", _norm(width)) for i in (1, 2, 3)]
     for name, source in (("attn1", width), ("attn2", context)):
@@ -161,9 +191,8 @@ def _transformer(width: int, context: int, linear: bool) -> Shapes:
         block += [(f"{name}.to_{letter}", _linear(source, width, bias=False)) for letter in "kv"]
         block.append((f"{name}.to_out.0", _linear(width, width)))
     block += [("ff.net.0.proj", _linear(width, 8 * width)), ("ff.net.2", _linear(4 * width, width))]
-    return _join(
-        [("norm", _norm(width)), ("proj_in", project), ("transformer_blocks.0", _join(block)), ("proj_out", project)]
-    )
+    blocks = [(f"transformer_blocks.{i}", _join(block)) for i in range(depth)]
+    return _join([("norm", _norm(width)), ("proj_in", project), *blocks, ("proj_out", project)])
 
 
 # --- VAE -----------------------------------------------------------------------------------------------------------

@@ -849,7 +849,7 @@ def test_broken_json_is_named(config: str, content: bytes, expected: str, folder
 @pytest.mark.parametrize(
     ("part", "key", "value"),
     [
-        ("unet", "addition_embed_type", "text_time"),
+        ("unet", "addition_embed_type", "image"),
         ("unet", "class_embed_type", "timestep"),
         ("unet", "down_block_types", ["AttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]),
         ("unet", "up_block_types", ["UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D"]),
@@ -857,7 +857,6 @@ def test_broken_json_is_named(config: str, content: bytes, expected: str, folder
         ("unet", "mid_block_type", None),
         ("unet", "cross_attention_dim", [32, 32, 64]),
         ("unet", "only_cross_attention", True),
-        ("unet", "transformer_layers_per_block", [1, 2, 10]),
         ("unet", "time_cond_proj_dim", 256),
         ("unet", "encoder_hid_dim", 64),
         ("vae", "down_block_types", ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]),

@@ -22,7 +22,7 @@ from minireuse.checkpoints.configs import (
     write_unet_config,
 )
 from minireuse.checkpoints.fields import ConfigError
-from minireuse.config import SD1_UNET, SD2_UNET, SD_VAE
+from minireuse.config import SD1_UNET, SD2_UNET, SD_VAE, SDXL_UNET, SDXL_VAE
 from minireuse.sample import command as sample
 from minireuse.schedule import SD_SCHEDULE, Schedule
 
@@ -61,14 +61,15 @@ def test_the_published_configurations_of_sd_2_1_are_read() -> None:
     assert (text["hidden_size"], text["num_hidden_layers"], text["hidden_act"]) == (1024, 23, "gelu")
 
 
-def test_the_published_configurations_of_sdxl_are_read_but_for_its_network() -> None:
+def test_the_published_configurations_of_sdxl_are_read() -> None:
     files = PUBLISHED["stable-diffusion-xl-base-1.0"]
-    vae = read_vae_config(files["vae/config.json"])
-    assert vae == replace(SD_VAE, scaling_factor=0.13025, sample_size=1024)
+    assert read_unet_config(files["unet/config.json"]) == SDXL_UNET
+    assert read_vae_config(files["vae/config.json"]) == SDXL_VAE
     assert read_schedule_config(files["scheduler/scheduler_config.json"]) == SD_SCHEDULE
     assert text_settings(files["text_encoder/config.json"])["hidden_size"] == 768
-    with pytest.raises(ConfigError, match=r"unet/config\.json: (addition_embed_type|transformer_layers_per_block) is "):
-        read_unet_config(files["unet/config.json"])
+    second = text_settings(files["text_encoder_2/config.json"])
+    assert (second["hidden_size"], second["num_hidden_layers"], second["hidden_act"]) == (1280, 32, "gelu")
+    assert (second["projection_dim"], second["eos_token_id"]) == (1280, 2)  # which is no end token of any tokenizer
 
 
 # --- what null and lists mean --------------------------------------------------------------------------------------
@@ -147,7 +148,7 @@ def test_a_list_that_repeats_one_value_says_that_value(key: str, value: list[Any
     assert read_unet_config(UNET | {key: value}) == TINY_UNET
 
 
-@pytest.mark.parametrize("value", [[1, 2], [], [[1], [1]], [2, 2], 2, None])
+@pytest.mark.parametrize("value", [[1, 2], [], [[1], [1]], [2, 2], [1, 2, 0], [1, 2, 65], 0, True, None])
 def test_other_lists_are_refused(value: object) -> None:
     with pytest.raises(ConfigError, match="transformer_layers_per_block is "):
         read_unet_config(UNET | {"transformer_layers_per_block": value})

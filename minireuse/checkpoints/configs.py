@@ -13,13 +13,13 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from minireuse.checkpoints.fields import Reader
+from minireuse.checkpoints.fields import ConfigError, Reader, repeated
 from minireuse.config import GUIDANCE_SCALE, UNetConfig, VAEConfig
 from minireuse.schedule import BETA_SCHEDULES, PREDICTION_TYPES, SPACINGS, ScheduleConfig
 
 # Keys of a U-Net that say nothing of Stable Diffusion's network.
 UNUSED = {
-    # Without addition_embed_type and class_embed_type, which are refused, these say nothing.
+    # These say nothing without an addition_embed_type and a class_embed_type other than the ones that are built.
     "addition_embed_type_num_heads",
     "addition_time_embed_dim",
     "projection_class_embeddings_input_dim",
@@ -39,9 +39,10 @@ UNUSED = {
 def read_unet_config(raw: Mapping[str, Any], source: str = "unet/config.json") -> UNetConfig:
     """Read diffusers' `UNet2DConditionModel` configuration.
 
-    Raises: ConfigError where the file describes a U-Net other than Stable Diffusion 1.x / 2.x.
+    Raises: ConfigError where the file describes a U-Net other than Stable Diffusion 1.x, 2.x or XL.
     """
-    reader = Reader(raw, source, optional=("num_attention_heads", "sample_size"))
+    reader = Reader(raw, source, optional=("num_attention_heads", "sample_size", "addition_embed_type"))
+    _refuse_by_name(reader)
     widths = reader.ints("block_out_channels", (320, 640, 1280, 1280))
     levels = len(widths)
     down = reader.strings("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), levels)
@@ -57,6 +58,8 @@ def read_unet_config(raw: Mapping[str, Any], source: str = "unet/config.json") -
     groups = reader.integer("norm_num_groups", 32)
     for width in widths:
         reader.require(width % groups == 0, "norm_num_groups", f"a divisor of block_out_channels {widths}")
+    depths = _depths(reader, levels)
+    pooled_width, size_width = _added_widths(reader)
     config = UNetConfig(
         in_channels=reader.integer("in_channels", 4),
         out_channels=reader.integer("out_channels", 4),
@@ -64,8 +67,11 @@ def read_unet_config(raw: Mapping[str, Any], source: str = "unet/config.json") -
         attention=attention,
         layers_per_block=reader.integer("layers_per_block", 2, most=16),
         heads=heads,
+        depths=depths,
         cross_attention_dim=reader.integer("cross_attention_dim", 1280),
         linear_projection=reader.boolean("use_linear_projection", False),
+        pooled_width=pooled_width,
+        size_width=size_width,
         norm_groups=groups,
         sample_size=reader.integer("sample_size", 64, most=4096),
     )
@@ -78,7 +84,6 @@ def read_unet_config(raw: Mapping[str, Any], source: str = "unet/config.json") -
         "flip_sin_to_cos": True,
         "center_input_sample": False,
         "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "transformer_layers_per_block": 1,
         "resnet_time_scale_shift": "default",
         "time_embedding_type": "positional",
         "conv_in_kernel": 3,
@@ -91,9 +96,44 @@ def read_unet_config(raw: Mapping[str, Any], source: str = "unet/config.json") -
     return config
 
 
+def _refuse_by_name(reader: Reader) -> None:
+    """Raises: ConfigError for relatives of Stable Diffusion that are given more than text and noise."""
+    for key, values, model in (
+        ("time_cond_proj_dim", None, "a latent consistency model, whose U-Net is told the guidance scale"),
+        ("projection_class_embeddings_input_dim", (2560,), "the refiner of Stable Diffusion XL"),
+    ):
+        value = reader.raw.get(key)
+        if isinstance(value, int) and (values is None or value in values):
+            advice = "which is not supported; give a base model, or one of Turbo or Lightning"
+            raise ConfigError(f"{reader.source}: {key} is {value}, so this is {model}, {advice}")
+
+
+def _depths(reader: Reader, levels: int) -> tuple[int, ...]:
+    """The number of transformer blocks in a row, per level; empty where it is one everywhere. Raises: ConfigError."""
+    key = "transformer_layers_per_block"
+    everywhere = type(one := repeated(reader.raw.get(key, 1))) is int and one == 1
+    depths = (1,) if everywhere else reader.ints(key, (), levels)
+    reader.used.add(key)
+    reader.require(max(depths) <= 64, key, "at most 64 each")
+    return () if set(depths) == {1} else depths
+
+
+def _added_widths(reader: Reader) -> tuple[int | None, int]:
+    """The widths of the pooled text and of a size, where the network is told them. Raises: ConfigError."""
+    if "addition_embed_type" not in reader.raw:
+        return None, UNetConfig.size_width
+    reader.choice("addition_embed_type", "text_time", ("text_time",))
+    size = reader.integer("addition_time_embed_dim", 256, most=4096)
+    reader.require(size % 2 == 0, "addition_time_embed_dim", "an even number")
+    key = "projection_class_embeddings_input_dim"
+    pooled = reader.integer(key, 0, least=0) - 6 * size
+    reader.require(pooled > 0, key, f"more than six times addition_time_embed_dim, which is {size}")
+    return pooled, size
+
+
 def write_unet_config(config: UNetConfig) -> dict[str, Any]:
     """The JSON that diffusers' `UNet2DConditionModel` reads."""
-    return {
+    written = {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
         "attention_head_dim": list(config.heads),
@@ -108,6 +148,13 @@ def write_unet_config(config: UNetConfig) -> dict[str, Any]:
         "sample_size": config.sample_size,
         "use_linear_projection": config.linear_projection,
     }
+    if config.depths:
+        written["transformer_layers_per_block"] = list(config.depths)
+    if config.added_width is not None:
+        written["addition_embed_type"] = "text_time"
+        written["addition_time_embed_dim"] = config.size_width
+        written["projection_class_embeddings_input_dim"] = config.added_width
+    return written
 
 
 def read_vae_config(raw: Mapping[str, Any], source: str = "vae/config.json") -> VAEConfig:
@@ -130,6 +177,7 @@ def read_vae_config(raw: Mapping[str, Any], source: str = "vae/config.json") -> 
         norm_groups=groups,
         scaling_factor=reader.number("scaling_factor", 0.18215),
         sample_size=reader.integer("sample_size", 512, most=32768),
+        force_upcast=reader.boolean("force_upcast", False),
     )
     reader.require(raw.get("out_channels", 3) == config.in_channels, "out_channels", "the same as in_channels")
     neutral = {
@@ -139,14 +187,14 @@ def read_vae_config(raw: Mapping[str, Any], source: str = "vae/config.json") -> 
         "mid_block_add_attention": True,
         "out_channels": config.in_channels,
     }
-    reader.finish(neutral, {"force_upcast"})  # how diffusers' own VAE is run, not what it computes
+    reader.finish(neutral, ())
     return config
 
 
 def write_vae_config(config: VAEConfig) -> dict[str, Any]:
     """The JSON that diffusers' `AutoencoderKL` reads."""
     levels = len(config.block_out_channels)
-    return {
+    written = {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "block_out_channels": list(config.block_out_channels),
@@ -160,6 +208,7 @@ def write_vae_config(config: VAEConfig) -> dict[str, Any]:
         "sample_size": config.sample_size,
         "scaling_factor": config.scaling_factor,
     }
+    return written | ({"force_upcast": True} if config.force_upcast else {})
 
 
 # What the scheduler classes of diffusers take where a file says nothing: those that stem from a table of betas.
@@ -268,11 +317,16 @@ def write_schedule_config(config: ScheduleConfig) -> dict[str, Any]:
     return written
 
 
-def guidance_scale(raw: Mapping[str, Any], source: str = "model_index.json") -> float:
+def guidance_scale(raw: Mapping[str, Any], source: str = "model_index.json", default: float = GUIDANCE_SCALE) -> float:
     """The guidance scale a model is best sampled at, where its pipeline's JSON tells one (`_guidance_scale`, a key of
     this project that diffusers skips). Raises: ConfigError.
     """
-    return Reader(raw, source, optional=("_guidance_scale",)).number("_guidance_scale", GUIDANCE_SCALE)
+    return Reader(raw, source, optional=("_guidance_scale",)).number("_guidance_scale", default)
+
+
+def zeros_for_no_prompt(raw: Mapping[str, Any], source: str = "model_index.json") -> bool:
+    """Whether SDXL is given zeros where there is no negative prompt. Raises: ConfigError."""
+    return Reader(raw, source).boolean("force_zeros_for_empty_prompt", True)
 
 
 def text_settings(raw: Mapping[str, Any], source: str = "text_encoder/config.json") -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Reader:
             got = self.raw.get(key)
             raise ConfigError(
                 f"{self.source}: {key[:80]} is {'null' if got is None else shown(got)}, expected {expected}; "
-                "only Stable Diffusion 1.x and 2.x text-to-image models are supported"
+                "only Stable Diffusion 1.x, 2.x and XL text-to-image models are supported"
             )
 
     def integer(self, key: str, default: int, least: int = 1, most: int = 65536) -> int:

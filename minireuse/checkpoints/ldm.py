@@ -18,9 +18,13 @@ from torch import Tensor
 from minireuse.checkpoints.tensors import Target
 
 CONTEXT_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+ADDED_KEY = "model.diffusion_model.label_emb.0.0.weight"  # SDXL's, whose width tells the base model from the refiner
+ADDED_WIDTH, REFINER_WIDTH = 2816, 2560
+GUIDED_KEY = "model.diffusion_model.time_embed.cond_proj.weight"  # of models that are told the guidance scale
 FIRST_KEY, LAST_KEY = "model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.out.2.weight"
 PREDICTION_KEY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 SCHEDULE_KEY, SIGMAS_KEY = "alphas_cumprod", "denoiser.sigmas"  # sigmas: sqrt((1 - alpha-bar) / alpha-bar)
+V_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"  # fine-tunes say by holding these that they predict v, from noise alone
 
 _CLIP: dict[str, Any] = {
     "vocab_size": 49408,
@@ -44,8 +48,16 @@ SD2_TEXT = _CLIP | {
     "hidden_act": "gelu",
     "projection_dim": 1024,
 }
+SDXL_TEXT_2 = _CLIP | {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
 
-# Where the parts of a single file lie. SD 2.1 Turbo has its text encoder where SDXL has its first.
+# Where the parts of a single file lie. SD Turbo has its text encoder where SDXL has its first.
 PARTS = {
     "model.diffusion_model.": "unet",
     "first_stage_model.": "vae",
@@ -53,19 +65,27 @@ PARTS = {
     "cond_stage_model.model.": "text",
     "conditioner.embedders.0.transformer.": "text",
     "conditioner.embedders.0.model.": "text",
+    "conditioner.embedders.1.model.": "text_2",
+    "conditioner.embedders.1.transformer.": "text_2",
 }
 
-# Training state, and what generation never uses: EMA copies, schedule tables, the loss, the last of 24 layers.
+# Training state, what is read apart, and what generation never uses: EMA copies, the loss, the last of 24 layers.
 _IGNORED = re.compile(
     r"(.*\.)?(model_ema|loss|embedding_manager)\..*|global_step|epoch|cond_stage_model\.logit_scale"
     r"|betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|denoiser\.sigmas"
     r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|logvar|scale_factor"
-    r"|.*\.(resblocks|encoder\.layers)\.23\..*"
+    r"|v_pred|ztsnr"
+    r"|(?!conditioner\.embedders\.1\.).*\.(resblocks|encoder\.layers)\.23\..*"  # SDXL's second has 32
 )
 # Of CLIP: heads and masks, a buffer that some versions of transformers saved, and the half that sees pictures.
 _UNREAD_TEXT = re.compile(
     r"(.*\.)?position_ids|text_projection(\.weight)?|logit_scale|attn_mask|(vision_model|visual|visual_projection)\..*"
 )
+# The one of these that SDXL reads, of its second text encoder. OpenCLIP's is the transpose of transformers'.
+_PROJECTION: dict[str, Target] = {
+    "text_projection.weight": ("text_projection.weight", None),
+    "text_projection": ("text_projection.weight", "transposed"),
+}
 # What torch.compile, DistributedDataParallel and FSDP put before the names of a module that they wrap.
 _WRAPPER = re.compile(r"^module\.|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -84,7 +104,7 @@ def ignored(key: str) -> bool:
 
 
 def split(key: str) -> tuple[str, str]:
-    """The part that a key of a single file belongs to (unet, vae, text, or "" for none), and its name there."""
+    """The part of a key of a single file (unet, vae, text, text_2, or "" for none), and its name there."""
     key = _WRAPPER.sub("", key)
     prefix = next((prefix for prefix in PARTS if key.startswith(prefix)), None)
     return ("", key) if prefix is None else (PARTS[prefix], key.removeprefix(prefix))
@@ -93,7 +113,9 @@ def split(key: str) -> tuple[str, str]:
 def names(part: str, key: str) -> list[Target]:
     """The names here of one key within a part; none for what is not needed. A name that is known nowhere stays."""
     key = _WRAPPER.sub("", key)
-    if part == "text":
+    if part == "text_2" and key in _PROJECTION:
+        return [_PROJECTION[key]]
+    if part in ("text", "text_2"):
         return _text(key)
     return [(_unet(key) if part == "unet" else _vae(key), None)]
 
@@ -115,6 +137,8 @@ _RESNET = {
 _UNET_ENDS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
     "out.0": "conv_norm_out",
     "out.2": "conv_out",

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
 from minireuse.checkpoints import ldm
@@ -24,6 +25,7 @@ from minireuse.checkpoints.configs import (
     read_unet_config,
     read_vae_config,
     text_settings,
+    zeros_for_no_prompt,
 )
 from minireuse.checkpoints.tensors import (
     CONVERT,
@@ -36,12 +38,26 @@ from minireuse.checkpoints.tensors import (
     read_json,
 )
 from minireuse.checkpoints.tokenizer import read_tokenizer
-from minireuse.config import GUIDANCE_SCALE, SD1_UNET, SD2_UNET, SD_VAE, UNetConfig, VAEConfig
+from minireuse.config import (
+    GUIDANCE_SCALE,
+    SD1_UNET,
+    SD2_UNET,
+    SD_VAE,
+    SDXL_GUIDANCE_SCALE,
+    SDXL_UNET,
+    SDXL_VAE,
+    UNetConfig,
+    VAEConfig,
+)
 from minireuse.files import shown
 from minireuse.schedule import SD_SCHEDULE, Schedule, ScheduleConfig
-from minireuse.text import TextEncoder
+from minireuse.text import TextEncoder, TextEncoders
 from minireuse.unet import UNet
 from minireuse.vae import VAE
+
+# What folders call the text encoders and their tokenizers, and `ldm` the tensors of each.
+TEXT_ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
+TEXT_PARTS = ("text", "text_2")
 
 
 @dataclass
@@ -50,20 +66,31 @@ class Parts:
 
     unet: UNet
     vae: VAE
-    text: TextEncoder
+    text: TextEncoder | TextEncoders
     schedule: ScheduleConfig
     guidance_scale: float
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a checkpoint says of its parts, before any weight is read."""
+    """What a checkpoint says of its parts, before any weight is read.
+
+    text_2: of SDXL's second text encoder. zeros: whether no negative prompt means zeros there.
+    """
 
     unet: UNetConfig
     vae: VAEConfig
     schedule: ScheduleConfig
     text: CLIPTextConfig
     guidance_scale: float = GUIDANCE_SCALE
+    text_2: CLIPTextConfig | None = None
+    zeros: bool = True
+
+    def text_encoder(self) -> TextEncoder | TextEncoders:
+        if self.text_2 is None:
+            return TextEncoder(self.text)
+        first = TextEncoder(self.text, layer=-2, norm=False)
+        return TextEncoders(first, TextEncoder(self.text_2, layer=-2, norm=False, projects=True), zeros=self.zeros)
 
 
 def describe(path: Path, prediction_type: str | None = None) -> Description:
@@ -83,7 +110,7 @@ def empty_parts(path: Path, prediction_type: str | None = None) -> Parts:
     """A checkpoint's modules without numbers or a tokenizer, on the meta device. Raises: as `describe`."""
     described = describe(path, prediction_type)
     with torch.device("meta"):
-        unet, vae, text = UNet(described.unet), VAE(described.vae), TextEncoder(described.text)
+        unet, vae, text = UNet(described.unet), VAE(described.vae), described.text_encoder()
     return Parts(unet, vae, text, described.schedule, described.guidance_scale)
 
 
@@ -92,14 +119,20 @@ def load_parts(
 ) -> Parts:
     """The modules of a diffusers folder or an LDM single file, on the CPU.
 
+    A VAE whose numbers leave the range of float16 is in float32 then.
     Raises: CheckpointError, ConfigError.
     """
     parts = empty_parts(path, prediction_type)
     (_fill_from_folder if path.is_dir() else _fill_from_single_file)(parts, path, dtype, tokenizer)
     # The one thing of any of the modules that no file holds: the numbers of the positions.
-    embeddings = next(m for m in parts.text.modules() if hasattr(m, "position_ids"))
-    embeddings.register_buffer("position_ids", torch.arange(parts.text.length)[None], persistent=False)
+    for encoder in parts.text.encoders:
+        embeddings = next(m for m in encoder.modules() if hasattr(m, "position_ids"))
+        embeddings.register_buffer("position_ids", torch.arange(encoder.length)[None], persistent=False)
     return parts
+
+
+def _vae_dtype(vae: VAE, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if vae.config.force_upcast and dtype == torch.float16 else dtype
 
 
 # --- diffusers folders ---------------------------------------------------------------------------------------------
@@ -109,17 +142,32 @@ def _describe_folder(folder: Path) -> Description:
     unet = read_unet_config(read_json(folder / "unet" / "config.json"))
     vae = read_vae_config(read_json(folder / "vae" / "config.json"))
     schedule = read_schedule_config(read_json(folder / "scheduler" / "scheduler_config.json"))
-    text = folder / "text_encoder" / "config.json"
-    text_config = CLIPTextConfig(**text_settings(read_json(text), str(text)))
+    is_xl = unet.pooled_width is not None
+    names = TEXT_ENCODERS[: 1 + is_xl]
+    texts = [_text_config(folder / name / "config.json") for name in names]
     _check_channels(folder, unet, vae)
-    if text_config.hidden_size != unet.cross_attention_dim:
+    width = sum(text.hidden_size for text in texts)
+    if width != unet.cross_attention_dim:
+        what = "text encoders are together" if is_xl else "text encoder is"
         raise CheckpointError(
-            f"{folder}: the text encoder is {text_config.hidden_size} wide, the U-Net's cross attention "
+            f"{folder}: the {what} {width} wide, the U-Net's cross attention "
             f"{unet.cross_attention_dim}; they must agree, so these parts do not belong together"
         )
-    index = folder / "model_index.json"
-    scale = guidance_scale(read_json(index), str(index)) if index.exists() else GUIDANCE_SCALE
-    return Description(unet, vae, schedule, text_config, scale)
+    if is_xl and texts[1].projection_dim != unet.pooled_width:
+        raise CheckpointError(
+            f"{folder}: the pooled text of text_encoder_2 is {texts[1].projection_dim} wide, the U-Net reads one of "
+            f"{unet.pooled_width}; they must agree, so these parts do not belong together"
+        )
+    index, source = folder / "model_index.json", str(folder / "model_index.json")
+    told = read_json(index) if index.exists() else {}
+    if not is_xl:  # as diffusers does, which asks only SDXL's VAE whether it has to run in float32
+        return Description(unet, replace(vae, force_upcast=False), schedule, texts[0], guidance_scale(told, source))
+    scale, zeros = guidance_scale(told, source, SDXL_GUIDANCE_SCALE), zeros_for_no_prompt(told, source)
+    return Description(unet, vae, replace(schedule, family="sdxl"), texts[0], scale, texts[1], zeros)
+
+
+def _text_config(path: Path) -> CLIPTextConfig:
+    return CLIPTextConfig(**text_settings(read_json(path), str(path)))
 
 
 def _check_channels(path: Path, unet: UNetConfig, vae: VAEConfig) -> None:
@@ -133,14 +181,19 @@ def _check_channels(path: Path, unet: UNetConfig, vae: VAEConfig) -> None:
 
 
 def _fill_from_folder(parts: Parts, folder: Path, dtype: torch.dtype, tokenizer: str | Path | None) -> None:
-    text = parts.text
-    text.tokenizer, text.padding = read_tokenizer(tokenizer or folder / "tokenizer", text.model.config.vocab_size)
-    for part, module, name, stem in (
-        ("unet", parts.unet, "unet", "diffusion_pytorch_model"),
-        ("vae", parts.vae, "vae", "diffusion_pytorch_model"),
-        ("text", text.model, "text_encoder", "model"),
-    ):
-        fill(module, _tensors(folder / name, stem).items(), folder / name, dtype, names=partial(ldm.names, part))
+    found: list[tuple[str, nn.Module, str, str, torch.dtype]] = [
+        ("unet", parts.unet, "unet", "diffusion_pytorch_model", dtype),
+        ("vae", parts.vae, "vae", "diffusion_pytorch_model", _vae_dtype(parts.vae, dtype)),
+    ]
+    encoders = parts.text.encoders
+    for encoder, part, name, words in zip(encoders, TEXT_PARTS, TEXT_ENCODERS, TOKENIZERS, strict=False):
+        size = encoder.model.config.vocab_size
+        encoder.tokenizer, encoder.padding = read_tokenizer(tokenizer or folder / words, size)
+        if tokenizer is not None and part == "text_2":
+            encoder.padding = 0  # OpenCLIP's, whose place the one tokenizer takes
+        found.append((part, encoder.model, name, "model", dtype))
+    for part, module, name, stem, precision in found:
+        fill(module, _tensors(folder / name, stem).items(), folder / name, precision, names=partial(ldm.names, part))
 
 
 def _tensors(folder: Path, stem: str) -> dict[str, Source]:
@@ -180,25 +233,46 @@ def _open_shards(index: Path) -> dict[str, Source]:
 
 
 def _describe_single_file(path: Path, tensors: Mapping[str, Source]) -> Description:
-    width = _find(tensors, ldm.CONTEXT_KEY)
-    configs: dict[tuple[int, ...], UNetConfig] = {(768,): SD1_UNET, (1024,): SD2_UNET}
-    if width is None or width.shape[-1:] not in configs:
-        raise CheckpointError(
-            f"{path} is not a Stable Diffusion 1.x or 2.x checkpoint in the original layout "
-            f"(expected {ldm.CONTEXT_KEY} of width 768 or 1024); for other layouts give a diffusers folder"
-        )
-    unet = configs[width.shape[-1:]]
-    second = unet is SD2_UNET
+    described = _family(path, tensors)
+    unet, second = described.unet, described.unet is SD2_UNET
     first, last = _find(tensors, ldm.FIRST_KEY), _find(tensors, ldm.LAST_KEY)
     if first is not None and last is not None and len(first.shape) == len(last.shape) == 4:
         unet = replace(unet, in_channels=first.shape[1], out_channels=last.shape[0])
-    _check_channels(path, unet, SD_VAE)
+    _check_channels(path, unet, described.vae)
     bias = _find(tensors, ldm.PREDICTION_KEY)
     predicts_v = second and bias is not None and ldm.predicts_v(bias.read())
+    predicts_v = predicts_v or _find(tensors, ldm.V_KEY) is not None
     if second and not predicts_v:
         unet = replace(unet, sample_size=64)  # SD 2's base models predict noise, at 512 pixels
     schedule = replace(_schedule(path, tensors), prediction_type="v_prediction" if predicts_v else "epsilon")
-    return Description(unet, SD_VAE, schedule, CLIPTextConfig(**(ldm.SD2_TEXT if second else ldm.SD1_TEXT)))
+    if _find(tensors, ldm.ZERO_SNR_KEY) is not None:  # then pictures have to begin at the last timestep
+        schedule = replace(schedule, zero_snr=True, spacing="trailing")
+    return replace(described, unet=unet, schedule=replace(schedule, family=described.schedule.family))
+
+
+def _family(path: Path, tensors: Mapping[str, Source]) -> Description:
+    """The published model that a file is one of. Raises: CheckpointError where it is none, with its name if known."""
+    added, width = _find(tensors, ldm.ADDED_KEY), _find(tensors, ldm.CONTEXT_KEY)
+    for is_it, model in (
+        (added is not None and added.shape[1:] == (ldm.REFINER_WIDTH,), "the refiner of Stable Diffusion XL"),
+        (_find(tensors, ldm.GUIDED_KEY) is not None, "a latent consistency model, which is told the guidance scale"),
+    ):
+        if is_it:
+            raise CheckpointError(f"{path} is {model}, which is not supported; give a base model, or one of Turbo")
+    if added is not None and added.shape[1:] == (ldm.ADDED_WIDTH,):
+        schedule, texts = replace(SD_SCHEDULE, family="sdxl"), (ldm.SD1_TEXT, ldm.SDXL_TEXT_2)
+        first, second = (CLIPTextConfig(**text) for text in texts)
+        return Description(SDXL_UNET, SDXL_VAE, schedule, first, SDXL_GUIDANCE_SCALE, second)
+    families: dict[tuple[int, ...], tuple[UNetConfig, dict[str, Any]]]
+    families = {(768,): (SD1_UNET, ldm.SD1_TEXT), (1024,): (SD2_UNET, ldm.SD2_TEXT)}
+    if width is None or width.shape[-1:] not in families:
+        raise CheckpointError(
+            f"{path} is not a Stable Diffusion 1.x or 2.x checkpoint in the original layout "
+            f"(expected {ldm.CONTEXT_KEY} of width 768 or 1024), nor one of XL "
+            f"({ldm.ADDED_KEY} of width {ldm.ADDED_WIDTH}); for other layouts give a diffusers folder"
+        )
+    unet, text = families[width.shape[-1:]]
+    return Description(unet, SD_VAE, SD_SCHEDULE, CLIPTextConfig(**text))
 
 
 def _find(tensors: Mapping[str, Source], key: str) -> Source | None:
@@ -246,16 +320,20 @@ def _holds(stored: Tensor, table: Tensor, known: ScheduleConfig) -> bool:
 
 
 def _fill_from_single_file(parts: Parts, path: Path, dtype: torch.dtype, tokenizer: str | Path | None) -> None:
-    second = parts.unet.config.cross_attention_dim == SD2_UNET.cross_attention_dim
-    parts.text.tokenizer, _ = read_tokenizer(tokenizer, parts.text.model.config.vocab_size)
-    # OpenCLIP pads with id 0, CLIP with the end token, whatever the tokenizer's own settings are.
-    parts.text.padding = 0 if second else parts.text.tokenizer.eos_token_id
-    groups: dict[str, list[tuple[str, Source]]] = {"": [], "unet": [], "vae": [], "text": []}
+    modules: dict[str, nn.Module] = {"unet": parts.unet, "vae": parts.vae}
+    for part, encoder in zip(TEXT_PARTS, parts.text.encoders, strict=False):
+        modules[part] = encoder.model
+        encoder.tokenizer, _ = read_tokenizer(tokenizer, encoder.model.config.vocab_size)
+        # OpenCLIP pads with id 0, CLIP with the end token, whatever the tokenizer's own settings are.
+        is_open = part == "text_2" or parts.unet.config.cross_attention_dim == SD2_UNET.cross_attention_dim
+        encoder.padding = 0 if is_open else encoder.tokenizer.eos_token_id
+    groups: dict[str, list[tuple[str, Source]]] = {part: [] for part in ("", *modules)}
     for key, source in open_file(path).items():
         part, name = ldm.split(key)
         if not ldm.ignored(key):
-            groups[part].append((name, source))
-    why = "it holds another model than Stable Diffusion 1.x or 2.x, text to image"
-    complain(f"{path} has unknown", [key for key, _ in groups[""]], why)
-    for part, module in (("unet", parts.unet), ("vae", parts.vae), ("text", parts.text.model)):
-        fill(module, groups[part], path, dtype, names=partial(ldm.names, part), why=why)
+            groups[part if part in groups else ""].append((name, source))
+    why = "it holds another model than Stable Diffusion 1.x, 2.x or XL, text to image"
+    complain(f"{path} has unknown", [source.key for _, source in groups[""]], why)
+    for part, module in modules.items():
+        precision = _vae_dtype(parts.vae, dtype) if part == "vae" else dtype
+        fill(module, groups[part], path, precision, names=partial(ldm.names, part), why=why)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from minireuse.files import parse_json, read_text
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-Target = tuple[str, tuple[int, int] | None]  # a name here; of a fused tensor, which of how many equal parts
+Taken = tuple[int, int] | Literal["transposed"]  # of a fused tensor, which of how many equal parts; or its transpose
+Target = tuple[str, Taken | None]  # a name here, and what of the tensor goes there; None is the whole
 
 
 class CheckpointError(ValueError):
@@ -35,11 +36,16 @@ class Source:
     path: Path
     key: str
     shape: tuple[int, ...]
-    rows: tuple[int, int] | None = None  # a third of a fused projection: these rows of so many equal parts
+    taken: Taken | None = None  # such as (0, 3), the first third of a fused projection
 
     def read(self) -> Tensor:
         tensor: Tensor = self.file.get_tensor(self.key)
-        return tensor if self.rows is None else torch.atleast_1d(tensor).tensor_split(self.rows[1])[self.rows[0]]
+        if self.taken is None:
+            return tensor
+        if self.taken == "transposed":
+            return tensor.T.contiguous() if tensor.ndim == 2 else tensor
+        number, parts = self.taken
+        return torch.atleast_1d(tensor).tensor_split(parts)[number]
 
 
 def open_file(path: Path) -> dict[str, Source]:
@@ -79,8 +85,8 @@ def fill(
     wanted = {names(key)[0][0]: (key, tensor) for key, tensor in module.state_dict().items()}
     given: dict[str, Source] = {}
     for key, source in sources:
-        for name, rows in names(key):
-            part = replace(source, rows=rows)
+        for name, taken in names(key):
+            part = replace(source, taken=taken)
             if name in given and not _same(given[name], part):
                 both = f"{given[name].key} and {source.key}, two names of the same tensor, with different values"
                 raise CheckpointError(f"{where} holds {both}; save or convert the model again, with one of them")

@@ -23,7 +23,7 @@ from minireuse.unet import UNet
 
 Parts = tuple[Tensor, Tensor | None]  # of a `CacheTensor`: values or codes, and the scale of codes
 Read = Sequence[Sequence[Parts]]  # of each entry: the value, and those before it that are kept
-Inputs = tuple[Tensor, Tensor, Mapping[str, KV], Read, Sequence[Sequence[Tensor]]]
+Inputs = tuple[Tensor, Tensor, Mapping[str, KV], Read, Sequence[Sequence[Tensor]], Tensor | None]
 Graph = Callable[..., tuple[Tensor, list[Parts]]]  # of `Inputs`
 
 
@@ -39,7 +39,13 @@ class Call(nn.Module):
         self.options = cache.dtype, cache.device
 
     def forward(
-        self, x: Tensor, t: Tensor, text: Mapping[str, KV], read: Read, weights: Sequence[Sequence[Tensor]]
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: Mapping[str, KV],
+        read: Read,
+        weights: Sequence[Sequence[Tensor]],
+        added: Tensor | None,
     ) -> tuple[Tensor, list[Parts]]:
         """Shapes: as in `UNet.forward`; what is read and what is stored in the order of the sites.
 
@@ -51,7 +57,7 @@ class Call(nn.Module):
             cache.put(site, replace(entry, tensor=kept, before=tuple(before)))
         given = cast(Sequence[tuple[float, ...]], map(tuple, weights))
         curves = zip(sorted(site for site, _ in self.step.weights), given, strict=True)
-        y = self.unet(x, t, TextKV(text), replace(self.step, weights=frozenset(curves)), cache)
+        y = self.unet(x, t, TextKV(text), replace(self.step, weights=frozenset(curves)), cache, added=added)
         return y, [_parts(cache.entry(site).tensor) for site in sorted(self.step.store)]
 
 
@@ -80,6 +86,7 @@ class CompiledUNet:
         step: StepPlan = PLAIN,
         cache: ReuseCache | None = None,
         watch: Watch | None = None,
+        added: Tensor | None = None,
     ) -> Tensor:
         """Shapes: as in `UNet.forward`.
 
@@ -100,13 +107,12 @@ class CompiledUNet:
             (entry.dtype, entry.guided, _layout(*itertools.chain(*held)))
             for entry, held in zip(read.values(), parts, strict=True)
         )
-        key = (same, stored, _layout(x, *next(iter(context.kv.values()))), cache.dtype, cache.device)
+        key = (same, stored, _layout(x, added, *next(iter(context.kv.values()))), cache.dtype, cache.device)
+        inputs: Inputs = (x, time, context.kv, parts, weights, added)
         try:
             if key not in self.graphs:
-                self.graphs[key] = self._trace(
-                    Call(self.unet, same, read, cache), (x, time, context.kv, parts, weights)
-                )
-            y, made = self.graphs[key](x, time, context.kv, parts, weights)  # compiles at the first time
+                self.graphs[key] = self._trace(Call(self.unet, same, read, cache), inputs)
+            y, made = self.graphs[key](*inputs)  # compiles at the first time
         except _compile_errors() as error:
             why = reason(getattr(error, "inner_exception", error))
             raise ValueError(f"the U-Net cannot be compiled here ({why}); leave out --compile") from None

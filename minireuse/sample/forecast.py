@@ -66,7 +66,8 @@ def forecast(
         else:
             images = batch * (2 if step.guided else 1)
             context = meta(images, tokens, config.cross_attention_dim)
-            unet(meta(images, config.in_channels, *size), meta(1), context, step.inside, ledger)
+            added = None if config.added_width is None else meta(images, config.added_width)
+            unet(meta(images, config.in_channels, *size), meta(1), context, step.inside, ledger, added=added)
         if PREDICTION in step.store:
             ledger.store(PREDICTION, meta(batch, config.out_channels, *size), step, torch.float32)
     return Forecast(ledger.sites, ledger.peak_nbytes)

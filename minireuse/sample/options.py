@@ -28,7 +28,7 @@ def sample_parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what to paint")
     what.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="one or several prompts")
     what.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt per line")
-    what.add_argument("--negative-prompt", default="", metavar="TEXT", help="what the image should not show")
+    what.add_argument("--negative-prompt", metavar="TEXT", help="what the image should not show; default: nothing")
     what.add_argument("--seed", nargs="+", type=int, default=[0], metavar="N", help="one or several seeds")
     images_help = "images per prompt; their seeds count up from --seed"
     what.add_argument("--num-images", type=int, default=1, metavar="N", help=images_help)

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from minireuse.common.options import count_of, parse_timesteps
 from minireuse.files import parse_json, shown
 from minireuse.plan import PlanError, ReusePlan, Site
-from minireuse.text import TextEncoder
+from minireuse.text import TextEncoder, TextEncoders
 
 T = TypeVar("T")
 SHIPPED = "shipped"  # the name of the model that comes with the package
@@ -34,7 +34,6 @@ def _steps(text: str) -> int | tuple[float, ...]:
 
 # The fields of a recipe whose text is that of the value itself.
 PLAIN: dict[str, Callable[[str], Any]] = {
-    "negative_prompt": str,
     "sampler": str,
     "steps": _steps,
     "guidance_scale": float,
@@ -58,8 +57,9 @@ def _loras(text: str) -> tuple[tuple[str, float, str], ...]:
     return tuple((str(path), float(strength), str(digest)) for path, strength, digest in parse_json(text))
 
 
-# Not in files of version 0.1.
+# Not in files of version 0.1, but for a negative prompt, which is left out where there was none.
 NEWER: dict[str, Callable[[str], Any]] = {
+    "negative_prompt": str,
     "spacing": str,
     "guidance_rescale": float,
     "tokens": str,
@@ -87,7 +87,6 @@ class Recipe:
 
     jobs: tuple[tuple[str, int], ...]
     place: int
-    negative_prompt: str
     sampler: str
     steps: int | tuple[float, ...]
     guidance_scale: float
@@ -107,6 +106,7 @@ class Recipe:
     fingerprint: str
     prediction_type: str
     watched: str
+    negative_prompt: str | None = None
     spacing: str = ""  # of the timesteps; empty in files of version 0.1, which have the model's own
     guidance_rescale: float = 0.0
     tokens: str = ""
@@ -120,7 +120,7 @@ class Recipe:
         return {
             "prompt": prompt,
             "seed": str(seed),
-            **{name: str(getattr(self, name)) for name in (*PLAIN, *NEWER)},
+            **{name: str(value) for name in (*PLAIN, *NEWER) if (value := getattr(self, name)) is not None},
             "clip_skip": "" if self.clip_skip is None else str(self.clip_skip),
             "steps": str(self.steps) if isinstance(self.steps, int) else ",".join(map(str, self.steps)),
             "size": f"{self.width}x{self.height}",
@@ -242,11 +242,11 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if set(text) & set(",:\n") else text
 
 
-def tokens_of(text: TextEncoder, jobs: Iterable[tuple[str, int]], negative_prompt: str) -> str:
+def tokens_of(text: TextEncoder | TextEncoders, jobs: Iterable[tuple[str, int]], negative_prompt: str | None) -> str:
     """A digest of the tokens that a batch is painted from: another tokenizer matters where it gives others."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of words that are dropped, which painting tells
-        ids = text.tokenize([negative_prompt, *(prompt for prompt, _ in jobs)])
+        ids = text.tokenize([negative_prompt or "", *(prompt for prompt, _ in jobs)])
     return hashlib.sha256(repr(ids.tolist()).encode()).hexdigest()[:12]
 
 

@@ -41,7 +41,7 @@ class Settings:
     jobs: tuple[tuple[str, int], ...]
     wanted: tuple[int, ...]
     batch_size: int
-    negative_prompt: str
+    negative_prompt: str | None
     sampler: str
     steps: int | tuple[float, ...]
     spacing: str | None

@@ -76,11 +76,13 @@ def measure(
     config = pipeline.unet.config
     height, width = size or (config.sample_size, config.sample_size)
     x = torch.randn(2, config.in_channels, height, width).to(pipeline.device, pipeline.dtype)
-    text = pipeline.unet.text_kv(pipeline.text.encode(["", ""]))
+    context, pooled = pipeline.text.condition(["", ""])
+    factor = pipeline.vae.config.factor
+    text, told = pipeline.unet.text_kv(context), pipeline.unet.added(pooled, factor * height, factor * width)
     cache = ReuseCache(cache_dtype)
 
     def seconds(step: StepPlan) -> float:
-        return seconds_of(lambda: pipeline.unet(x, 500, text, step, cache), pipeline.synchronize)
+        return seconds_of(lambda: pipeline.unet(x, 500, text, step, cache, added=told), pipeline.synchronize)
 
     def store(sites: frozenset[Site]) -> float:
         cache.clear()

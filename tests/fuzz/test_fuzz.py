@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import struct
 import time
@@ -40,7 +41,7 @@ from minireuse.checkpoints.lora import find_lora, merge_loras
 from minireuse.checkpoints.tensors import CheckpointError, fill, open_file
 from minireuse.checkpoints.tokenizer import read_tokenizer
 from minireuse.common.journal import Journal
-from minireuse.config import SD1_UNET, VAEConfig
+from minireuse.config import SD1_UNET, SDXL_UNET, VAEConfig
 from minireuse.files import read_text
 from minireuse.pipeline import Pipeline
 from minireuse.plan import ReusePlan, Site
@@ -55,7 +56,7 @@ from minireuse.vae import VAE
 
 import faults
 from conftest import SMALLEST_UNET
-from ldm_layout import FULL, alphas_cumprod, layout, unused
+from ldm_layout import FULL, XL, alphas_cumprod, layout, unused
 from mutate import bytes_like, json_like, text_of
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "published_configs.json").read_text())
@@ -200,8 +201,9 @@ SINGLE = unused(TINY_FILE) | {
 
 def write_single(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     tensors = {key: torch.zeros(shape) for key, shape in shapes.items()}
-    table = {"alphas_cumprod": alphas_cumprod()} if shapes.get("alphas_cumprod") == (1000,) else {}
-    save_file(tensors | table, path)
+    alphas = alphas_cumprod()
+    tables = {"alphas_cumprod": alphas, "denoiser.sigmas": ((1 - alphas) / alphas).sqrt()}
+    save_file(tensors | {key: table for key, table in tables.items() if shapes.get(key) == (1000,)}, path)
 
 
 def read_single_vae(path: Path) -> None:
@@ -216,7 +218,13 @@ def read_single_vae(path: Path) -> None:
 def test_single_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """A file in the original layout with names and shapes changed: what it is, and its VAE, read in full."""
     path = tmp_path_factory.getbasetemp() / "single.safetensors"
-    shapes = dict(SINGLE)
+    write_single(path, spoilt_shapes(data, SINGLE))
+    attempt("single file", lambda: checkpoint.describe(path))
+    attempt("VAE of a single file", lambda: read_single_vae(path))
+
+
+def spoilt_shapes(data: st.DataObject, good: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    shapes = dict(good)
     for _ in range(data.draw(st.integers(1, 4))):
         key = data.draw(st.sampled_from(sorted(shapes)))
         change = data.draw(st.sampled_from(["drop", "rename", "reshape", "prefix", "double"]))
@@ -224,15 +232,61 @@ def test_single_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObj
         if change == "rename":
             shapes[data.draw(bytes_like(key.encode())).decode("utf-8", "replace")[:300]] = shape
         elif change == "reshape":
-            shapes[key] = tuple(data.draw(st.lists(st.integers(0, 9), max_size=5)))
+            shapes[key] = tuple(data.draw(st.lists(st.integers(0, 9) | st.sampled_from([2560, 2816]), max_size=5)))
         elif change == "prefix":
             prefix = data.draw(st.sampled_from(["_orig_mod.", "module.", "first_stage_model.", "a."]))
             shapes[prefix + key] = shape
         elif change == "double":
-            shapes |= {key: shape, key.replace(".attn_1.q.", ".attn_1.to_q.").replace("nin_", "conv_"): shape[::-1]}
-    write_single(path, shapes)
-    attempt("single file", lambda: checkpoint.describe(path))
-    attempt("VAE of a single file", lambda: read_single_vae(path))
+            other = key.replace(".attn_1.q.", ".attn_1.to_q.").replace("nin_", "conv_")
+            shapes |= {key: shape, other.replace("embedders.1.model", "embedders.1.transformer"): shape[::-1]}
+    return {key: shape if math.prod(shape) < 10**6 else () for key, shape in shapes.items()}
+
+
+TINY_XL = replace(XL, unet=(8, 8, 8), vae=(8, 8, 8, 8), text=8, layers=1, vocabulary=300, depths=(0, 1, 1), context=8)
+TINY_XL = replace(TINY_XL, text_2=8, layers_2=2, projection=5)
+ENDS = ("input_blocks.0.0.weight", "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight", "out.2.weight")
+XL_TOLD_BY = (ldm.ADDED_KEY, *(f"model.diffusion_model.{key}" for key in ENDS))
+XL_SINGLE = unused(TINY_XL) | {
+    key: shape
+    for key, shape in layout(TINY_XL).items()
+    if key in XL_TOLD_BY or key.startswith("conditioner.embedders.1.")
+}
+
+
+def read_second_text_encoder(path: Path) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.device("meta"):
+        text = TextEncoder(CLIPTextConfig(vocab_size=300, projection_dim=5, **sizes), projects=True)
+    parts = [(*ldm.split(key), source) for key, source in open_file(path).items() if not ldm.ignored(key)]
+    sources = [(name, source) for part, name, source in parts if part == "text_2"]
+    fill(text.model, sources, path, torch.float32, names=partial(ldm.names, "text_2"))
+
+
+@settings(few, max_examples=2 * CASES)
+@given(data=st.data())
+def test_xl_single_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Of Stable Diffusion XL: what it is and what it says of its prediction, and its second text encoder."""
+    path = tmp_path_factory.getbasetemp() / "xl.safetensors"
+    said = data.draw(st.sampled_from([{}, {"v_pred": (1,)}, {"v_pred": (0,), "ztsnr": ()}, {"ztsnr": (2, 3)}]))
+    write_single(path, spoilt_shapes(data, XL_SINGLE | said))
+    attempt("XL single file", lambda: Schedule.from_config(checkpoint.describe(path).schedule))
+    attempt("text encoder of an XL single file", lambda: read_second_text_encoder(path))
+
+
+XL_CONFIGS = PUBLISHED["stable-diffusion-xl-base-1.0"]
+
+
+@few
+@given(data=st.data())
+def test_xl_folders(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """What the configurations say together, with one of them spoilt."""
+    folder = tmp_path_factory.getbasetemp() / "xl-folder"
+    name = data.draw(st.sampled_from(["unet/config.json", "text_encoder_2/config.json", "model_index.json"]))
+    for other, content in XL_CONFIGS.items():
+        (folder / other).parent.mkdir(parents=True, exist_ok=True)
+        (folder / other).write_text(json.dumps(content))
+    (folder / name).write_bytes(data.draw(text_of(XL_CONFIGS[name])))
+    attempt("XL folder", lambda: checkpoint.describe(folder))
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool]
@@ -301,10 +355,18 @@ LAYERS = {
 PEFT = {"unet.lora_alpha": 2, "unet.alpha_pattern": {"conv_in": 3}, "unet.use_dora": False}
 
 
-def lora_file(path: Path) -> None:
+XL_LAYERS = {
+    "lora_unet_input_blocks_1_1_transformer_blocks_1_attn1_to_q": ("lora_down", "lora_up", (8, 8)),
+    "unet.add_embedding.linear_1": ("lora_A", "lora_B", (32, 17)),
+    "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": ("lora_down", "lora_up", (8, 8)),
+    "lora_te2_text_model_encoder_layers_0_mlp_fc1": ("lora_down", "lora_up", (8, 8)),
+}
+
+
+def lora_file(path: Path, layers: dict[str, tuple[str, str, tuple[int, ...]]] = LAYERS) -> None:
     """Four layers, with an alpha each or in the metadata."""
     tensors = {}
-    for name, (down, up, shape) in LAYERS.items():
+    for name, (down, up, shape) in layers.items():
         tensors[f"{name}.{down}.weight"] = torch.ones(2, *shape[1:])
         tensors[f"{name}.{up}.weight"] = torch.ones(shape[0], 2, *(1 for _ in shape[2:]))
         tensors |= {} if name.startswith("unet") else {f"{name}.alpha": torch.tensor(4.0)}
@@ -318,6 +380,17 @@ def smallest_model() -> dict[str, nn.Module]:
     return {"unet": UNet(SMALLEST_UNET), "text_encoder": text.model}
 
 
+@functools.cache
+def smallest_xl() -> dict[str, nn.Module]:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = replace(
+        SMALLEST_UNET, block_out_channels=(8,), depths=(2,), cross_attention_dim=16, linear_projection=True
+    )
+    texts = [TextEncoder(CLIPTextConfig(vocab_size=300, **sizes), projects=second) for second in (False, True)]
+    unet = UNet(replace(config, pooled_width=5, size_width=2))
+    return {"unet": unet, "text_encoder": texts[0].model, "text_encoder_2": texts[1].model}
+
+
 def merge(path: Path) -> None:
     merge_loras(smallest_model(), [find_lora(f"{path}:0.5")])
 
@@ -327,6 +400,20 @@ def merge(path: Path) -> None:
 def test_loras(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = tmp_path_factory.getbasetemp() / "lora.safetensors"
     lora_file(path)
+    spoil_lora(path, data)
+    attempt("LoRA", lambda: merge(path))
+
+
+@few
+@given(data=st.data())
+def test_xl_loras(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    path = tmp_path_factory.getbasetemp() / "xl-lora.safetensors"
+    lora_file(path, XL_LAYERS)
+    spoil_lora(path, data)
+    attempt("XL LoRA", lambda: merge_loras(smallest_xl(), [find_lora(f"{path}:0.5")]))
+
+
+def spoil_lora(path: Path, data: st.DataObject) -> None:
     good = path.read_bytes()
     length = struct.unpack("<Q", good[:8])[0]
     header = json.loads(good[8 : 8 + length])
@@ -340,7 +427,6 @@ def test_loras(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) ->
             header["__metadata__"]["lora_adapter_metadata"] = data.draw(text_of(PEFT)).decode("utf-8", "replace")
         spoilt = json.dumps(header).encode()
         path.write_bytes(struct.pack("<Q", len(spoilt)) + spoilt + good[8 + length :])
-    attempt("LoRA", lambda: merge(path))
 
 
 @few
@@ -469,6 +555,12 @@ def test_good_files_are_read(folder: Path, recipe: dict[str, str], tmp_path: Pat
     read_single_vae(tmp_path / "single.safetensors")
     save_file(small().state_dict(), tmp_path / "m.safetensors")
     fill(small(), checkpoint._tensors(tmp_path, "m").items(), tmp_path, torch.float32)
+    write_single(tmp_path / "xl.safetensors", XL_SINGLE | {"v_pred": (1,)})
+    described = checkpoint.describe(tmp_path / "xl.safetensors")
+    assert (described.unet, described.schedule.prediction_type) == (SDXL_UNET, "v_prediction")
+    read_second_text_encoder(tmp_path / "xl.safetensors")
     lora_file(tmp_path / "l.safetensors")
     merge(tmp_path / "l.safetensors")
+    lora_file(tmp_path / "xl-l.safetensors", XL_LAYERS)
+    merge_loras(smallest_xl(), [find_lora(tmp_path / "xl-l.safetensors")])
     assert issubclass(CheckpointError, ValueError) and issubclass(ConfigError, ValueError)
