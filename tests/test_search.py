@@ -17,7 +17,7 @@ from minireuse.search import command as search
 from minireuse.search import read_searched
 from minireuse.search.budget import groups_of
 from minireuse.search.costs import Costs
-from minireuse.search.depth import entries_of
+from minireuse.search.depth import entry_sites
 from minireuse.search.plan_files import read_plan
 from minireuse.search.render import Renderer
 
@@ -205,7 +205,7 @@ def test_layers_and_kinds_side_by_side(run, made_up, tmp_path: Path, pipeline: m
 
 
 def test_a_ladder_of_depth_plans_is_one_search(run, made_up, tmp_path: Path, pipeline: minireuse.Pipeline) -> None:
-    entries = entries_of(pipeline.sites)
+    entries = entry_sites(pipeline.sites)
     costs = made_up([(entry,) for entry in entries], [0.1 * (i + 1) for i in range(len(entries) - 1)] + [1.0])
     argv = ["--kind", "depth", "--order", "1", "--steps", "4", "--out", str(tmp_path), "--budget-latency"]
     assert run(*argv, "0.4", "0.8")[0] == 0

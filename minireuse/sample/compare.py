@@ -81,8 +81,8 @@ def side_by_side(full: np.ndarray, image: np.ndarray, policy: str) -> bytes:
 
     Shapes: two of (H, W, 3) uint8.
     """
-    difference = np.abs(image.astype(np.int16) - full).clip(max=255 // GAIN + 1) * GAIN
-    panels = {"full sampler": full, policy: image, f"difference x {GAIN}": difference.clip(max=255).astype(np.uint8)}
+    difference = np.minimum(np.abs(image.astype(np.int16) - full) * GAIN, 255).astype(np.uint8)
+    panels = {"full sampler": full, policy: image, f"difference x {GAIN}": difference}
     factor = -(-LEAST // full.shape[1])
     columns = [
         np.concatenate([_label(text, factor * full.shape[1]), panel.repeat(factor, axis=0).repeat(factor, axis=1)])

@@ -150,6 +150,11 @@ def layerwise(
     )
 
 
+def error_of(psnr: float) -> float:
+    """The mean squared error, of pixels from 0 to 255, that a PSNR in dB stands for."""
+    return float(255**2 * 10 ** (-psnr / 10))
+
+
 def sensitivity(score_many: ScoreMany, calls: int, groups: Sequence[Sequence[Site]], order: int = 0) -> np.ndarray:
     """Squared error (pixels 0 to 255) of one group reusing in one call, computed from the mean PSNR over prompts.
 
@@ -168,7 +173,7 @@ def sensitivity(score_many: ScoreMany, calls: int, groups: Sequence[Sequence[Sit
         )
     damage = np.full((calls, len(groups)), np.inf)
     for cell, value in zip(cells, values, strict=True):
-        damage[cell] = 255**2 * 10 ** (-value / 10)
+        damage[cell] = error_of(value)
     return damage
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import platform
 import re
@@ -115,18 +114,16 @@ def run(args: argparse.Namespace, ranks: Ranks, command: str) -> None:
     )
     pipeline = load_model(args, ranks.device(args.device))
     jobs = make_jobs(args, pipeline)
-    for out in itertools.chain(*(job.outs for job in jobs if not job.journal.exists())):
-        if out.exists():
-            raise ValueError(f"{out} exists; remove it, or give another --out")
-    ranks.gather(None)  # nobody writes before all have looked
-    began = time.monotonic()
     # The last ones of the file are left unseen, whatever the number of prompts that a search sees.
     unseen = list(enumerate(prompts))[len(prompts) - args.check :]
     calibration = prompts[: args.prompts]
+    common = describe(args, pipeline, calibration)
+    ended = {out: job.state(i, common | job.about) for job in jobs for i, out in enumerate(job.outs)}
+    ended = ranks.gather(ended)[0]  # nobody writes before all have looked
+    began = time.monotonic()
     render = make_renderer(args, pipeline, list(enumerate(calibration)))
     calls = pipeline.calls(args.sampler, grid(args))
     reference = render(ReusePlan.nothing(calls))
-    common = describe(args, pipeline, calibration)
 
     def score(images: np.ndarray, chosen: Sequence[int] | None = None) -> float:
         return float(fidelity(images, reference if chosen is None else reference[list(chosen)]).mean())
@@ -136,9 +133,11 @@ def run(args: argparse.Namespace, ranks: Ranks, command: str) -> None:
 
     for job in jobs:
         settings = common | job.about
-        if ranks.gather(job.finished(settings))[0]:
-            if ranks.first:
-                print("\n".join(f"{out} holds the plan of this search already" for out in job.outs))
+        if ranks.first:
+            for out in job.outs:
+                if ended[out]:
+                    print(f"{out} holds the plan of this search already")
+        if all(ended[out] for out in job.outs):
             continue
         if not all(ranks.gather(left())):
             raise ValueError(
@@ -152,7 +151,7 @@ def run(args: argparse.Namespace, ranks: Ranks, command: str) -> None:
         with progress(job.outs[0].stem, hidden=args.quiet or not ranks.first) as show:
             scores = Scoring(render, score, way.groups, journal=journal, more=left, on_try=show, ranks=ranks)
             for out, budget, found in zip(job.outs, job.budgets, way.find(scores), strict=False):
-                if ranks.first:
+                if ranks.first and not ended[out]:
                     about = settings | {
                         **({} if budget is None else {"budget_latency": budget}),
                         "calls_made": render.calls - before[0],  # by this process, since the last resumption
@@ -175,10 +174,10 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--layerwise needs a time limit; add --budget-latency 0.7")
     if args.layerwise and args.branch:
         raise ValueError("--layerwise searches all branches; leave out --branch")
-    if args.kind == DEPTH and (not latencies or args.layerwise or args.branch or args.first):
+    if args.kind == DEPTH and (not latencies or args.layerwise or args.branch or args.first or args.sites != "both"):
         raise ValueError(
             f"--kind {DEPTH} searches all branches within a latency; add --budget-latency 0.6, "
-            "and leave out --layerwise, --branch and --first"
+            "and leave out --layerwise, --branch, --first and --sites"
         )
     for latency in latencies:
         if not 0 < latency < 1:

@@ -17,7 +17,7 @@ from minireuse.plan import KINDS, ReusePlan, Site
 from minireuse.policies import POLICIES, hurry, select
 from minireuse.search.budget import alike_in, groups_of, layerwise, starts, step_wise
 from minireuse.search.costs import Costs
-from minireuse.search.depth import Ladder, entries_of
+from minireuse.search.depth import Ladder, entry_sites
 from minireuse.search.phast import Rounds, ScoreMany, SearchResult, improve
 from minireuse.search.plan_files import read_plan
 
@@ -25,6 +25,8 @@ DEPTH = "depth"  # what --kind calls plans of one depth a call
 HEAT = 4  # prompts on which all moves of a round are scored
 FINALISTS = 8  # moves that are scored on all prompts
 LEAST = 0.01  # of a plain call: groups that save less are not worth searching
+MARGIN = 0.015  # of the full sampler's time: by so much a ladder's plans are to be faster than asked, since what a plan
+# takes is estimated from single calls while it is searched
 LEAST_DEPTH = 0.1  # of a plain call: depths that save less are left out, since a ladder has many to try
 
 
@@ -43,15 +45,19 @@ class Job:
     about: dict[str, Any]
     journal: Path
 
-    def finished(self, settings: dict[str, Any]) -> bool:
-        """Whether the plan files hold the end of this very search."""
+    def state(self, number: int, settings: dict[str, Any]) -> bool | None:
+        """Whether a plan file holds the end of this very search, or of another part of it; None where there is none.
 
-        def ended(out: Path, budget: float | None) -> bool:
-            known = json.loads(json.dumps(settings | ({} if budget is None else {"budget_latency": budget})))
-            about = read_plan(out)[1] if out.exists() else {}
-            return about.get("finished") is True and about.items() >= known.items()
-
-        return all(ended(out, budget) for out, budget in zip(self.outs, self.budgets, strict=True))
+        Raises: ValueError for a file of anything else, which stays.
+        """
+        out, budget = self.outs[number], self.budgets[number]
+        if not out.exists():
+            return None
+        known = json.loads(json.dumps(settings | ({} if budget is None else {"budget_latency": budget})))
+        about = read_plan(out)[1]
+        if not (about.items() >= known.items() and self.journal.exists()):
+            raise ValueError(f"{out} exists; remove it, or give another --out")
+        return about.get("finished") is True
 
 
 class Found(NamedTuple):
@@ -87,7 +93,7 @@ def make_jobs(args: argparse.Namespace, pipeline: Pipeline) -> list[Job]:
     about = {"sites": args.sites, "branch": args.branch, "order": args.order, "start": start}
     if args.kind == DEPTH:
         about |= {"kind": DEPTH, "kinds": ["deep", "eps"]}
-        groups: list[Sequence[Site]] = [(entry,) for entry in entries_of(pipeline.sites)]
+        groups: list[Sequence[Site]] = [(entry,) for entry in entry_sites(pipeline.sites)]
     else:
         kinds = [args.kind] if args.kind else list(KINDS) if args.layerwise else ["map"]
         about |= {"kind": "layerwise" if args.layerwise else kinds[0], "kinds": kinds}
@@ -120,7 +126,7 @@ def approach(args: argparse.Namespace, job: Job, costs: Costs | None, calls: int
     """The search a job calls for. costs: of calls that store or reuse, where the job has a latency to keep."""
     if costs is None:
         return _with_count(args, job, calls)
-    if args.kind == DEPTH:
+    if job.about["kind"] == DEPTH:
         return _of_depths(args, job, costs, calls)
     return _within_latency(args, job, costs, calls)
 
@@ -134,14 +140,15 @@ def _with_count(args: argparse.Namespace, job: Job, calls: int) -> Approach:
 
 
 def _of_depths(args: argparse.Namespace, job: Job, costs: Costs, calls: int) -> Approach:
-    saving = dict(zip(costs.groups, costs.reuse, strict=True))
-    entries = tuple(entry for (entry,) in job.groups if -saving[entry,] > LEAST_DEPTH * costs.plain)
-    budgets = [budget for budget in job.budgets if budget is not None]
+    saved = {group: -seconds for group, seconds in zip(costs.groups, costs.reuse, strict=True)}
+    sites = tuple(site for (site,) in job.groups if saved[(site,)] > LEAST_DEPTH * costs.plain)
+    limits = {budget - MARGIN: budget for budget in job.budgets if budget is not None}
 
     def find(scores: ScoreMany) -> Iterator[Found]:
-        ladder = Ladder(scores, calls, entries, costs.latency, args.order, rounds_of(args))
-        for budget, result in ladder.search(budgets):
-            yield Found(result, {"even": ladder.plan(ladder.best_even(budget))})
+        ladder = Ladder(scores, calls, sites, costs.latency, args.order, rounds_of(args))
+        for limit, result in ladder.search(list(limits)):
+            even = ladder.best_even(limit)
+            yield Found(result, {} if even is None else {"even": ladder.plan(even)})
 
     return Approach(find, job.groups)
 
