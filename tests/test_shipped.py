@@ -20,6 +20,7 @@ from minireuse.cache import ReuseCache
 from minireuse.checkpoints.configs import read_schedule_config
 from minireuse.evaluate.classifier import NONE, own_classifier
 from minireuse.files import read_lines, shipped_model
+from minireuse.plan import PREDICTION
 from minireuse.policies import deepcache, hurry, phast, select
 from minireuse.schedule import SD_SCHEDULE
 from minireuse.search.plan_files import plans_of
@@ -87,6 +88,15 @@ def test_searched_plans_ship(pipe: minireuse.Pipeline) -> None:
         for kind, k, order in expected:
             plan = policy(pipe.calls("ddim", 20), select(pipe.sites, kind=kind), k=k, order=order)
             assert (plan.reused, plan.order, plan.on(pipe.sites)) == (k, order, plan)
+
+
+def test_phast_by_itself_is_close_in_little_time(pipe: minireuse.Pipeline, full: np.ndarray) -> None:
+    """A third of the full sampler's calls are not made at all, and hardly anything is to be seen of it."""
+    with pytest.warns(UserWarning, match=r"deep features and predictions, extrapolated, in .* 0\.[56]\d of"):
+        plan = phast(20, pipe.sites, plans=plans_of(), model=pipe.fingerprint, spacing=pipe.schedule.spacing)
+    assert plan.on([PREDICTION, *pipe.sites]).mask[:, plan.sites.index(PREDICTION)].sum() >= 6
+    close = pipe.generate(UNSEEN[:2], seeds=[0, 1], plan=plan).images
+    assert np.mean([image_psnr(a, b) for a, b in zip(close, full[:2], strict=True)]) > 35
 
 
 def test_going_on_along_a_line_is_closer_than_holding(pipe: minireuse.Pipeline, full: np.ndarray) -> None:
