@@ -102,7 +102,7 @@ def test_plans_of_order_1_are_searched_with_their_order(run, tmp_path: Path) -> 
         assert (plan.order, about["order"]) == (1, 1)
     status, _, err = run("--reuse", "2", "--order", "0", "--out", str(tmp_path / "ddim-6-map-order1-2.json"))
     assert status == 2
-    assert "belongs to a run with other settings" in err
+    assert "exists; remove it, or give another --out" in err
 
 
 def test_ctrl_c_ends_a_search_quietly_and_it_goes_on(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

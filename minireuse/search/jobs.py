@@ -54,8 +54,8 @@ class Job:
         if not out.exists():
             return None
         known = json.loads(json.dumps(settings | ({} if budget is None else {"budget_latency": budget})))
-        about = read_plan(out)[1]
-        if not (about.items() >= known.items() and self.journal.exists()):
+        about = read_plan(out)[1] if self.journal.exists() else {}
+        if not about.items() >= known.items():
             raise ValueError(f"{out} exists; remove it, or give another --out")
         return about.get("finished") is True
 
