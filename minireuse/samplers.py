@@ -434,10 +434,13 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def _on_one_number(
-    sampler: Sampler, schedule: Trajectory, timesteps: Sequence[float], end: float | None = None
+    sampler: Sampler,
+    schedule: Trajectory,
+    timesteps: Sequence[float],
+    end: float | None = None,
+    denoise: Denoise = lambda x, t, call: Prediction(x, x),
 ) -> Iterator[Step]:
-    x = torch.zeros(1)
-    return sampler(lambda x, t, call: Prediction(x, x), x, schedule, timesteps, end=end, noise=torch.zeros_like)
+    return sampler(denoise, torch.zeros(1), schedule, timesteps, end=end, noise=torch.zeros_like)
 
 
 def count_calls(sampler: Sampler, schedule: Trajectory, timesteps: Sequence[float], end: float | None = None) -> int:
@@ -456,7 +459,7 @@ def call_timesteps(
         asked.append(t)
         return Prediction(x, x)
 
-    for _ in sampler(denoise, torch.zeros(1), schedule, timesteps, end=end, noise=torch.zeros_like):
+    for _ in _on_one_number(sampler, schedule, timesteps, end, denoise):
         pass
     return asked
 

@@ -11,6 +11,7 @@ import numpy as np
 from minireuse.plan import ReusePlan
 from minireuse.policies import fit
 
+from paper.plots import save
 from paper.study import GRIDS, STEPS, Study, Way
 from paper.verdicts import Verdict, above, gain, spread, table
 
@@ -63,9 +64,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes.set_xticks(places, list(found["rows"]), fontsize="small")
     axes.set_ylabel("PSNR to the full sampler's image, dB")
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def papers() -> list[str]:

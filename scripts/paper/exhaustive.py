@@ -14,6 +14,7 @@ from minireuse.plan import ReusePlan
 from minireuse.policies import hurry
 from minireuse.search.phast import improve
 
+from paper.plots import save
 from paper.study import Study, Way
 from paper.verdicts import PAPER, Verdict, judged, spread, table
 
@@ -81,9 +82,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.plot(place + 1, means[place], style, markersize=9, fillstyle="none", label=f"{label}, {name}")
     axes.set(xlabel="rank", ylabel="PSNR to the full sampler's image, dB")
     axes.legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def papers() -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from minireuse.policies import hurry, interval, select
 
+from paper.plots import save
 from paper.study import REUSED, STEPS, Study, Way
 from paper.verdicts import Verdict, above, gain, spread, table
 
@@ -50,9 +51,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes.axhline(0, color="0.5", linewidth=1)
     axes.set_xticks(range(len(means)), [name.replace(", ", "\n") for name in found_gains], fontsize="small")
     axes.set_ylabel("dB gained by extrapolating")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def papers() -> list[str]:

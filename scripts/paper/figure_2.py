@@ -13,6 +13,7 @@ from tqdm import tqdm
 from minireuse.evaluate.command import SEED
 from minireuse.plan import Site
 
+from paper.plots import save
 from paper.study import STEPS, Study
 from paper.verdicts import PAPER, Verdict, judged
 
@@ -66,9 +67,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes.set(xlabel="step s", ylabel="normalised L1 difference\nof the maps of steps s and s - 1", ylim=(0, None))
     axes.set_xticks(range(2, STEPS + 1, 2))
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def verdict(found: dict[str, Any]) -> Verdict:

@@ -19,6 +19,7 @@ from minireuse.evaluate.command import SEED
 from minireuse.pipeline import Pipeline
 from minireuse.plan import Site
 
+from paper.plots import save
 from paper.study import GRIDS, STEPS, Study
 from paper.verdicts import PAPER, Verdict, all_of, judged, table
 
@@ -146,9 +147,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for axes in (left, right):
         axes.set_xticks(range(1, STEPS + 1, 2))
         axes.legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def papers() -> list[str]:

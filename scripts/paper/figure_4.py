@@ -12,6 +12,7 @@ from PIL import Image
 from minireuse.policies import early
 from minireuse.policies import random as at_random
 
+from paper.plots import save
 from paper.study import REUSED, STEPS, Study, Way
 from paper.verdicts import PAPER, Verdict, above, gain, spread, table
 
@@ -78,9 +79,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("PSNR is that of the first column")
     for side in axes.spines.values():
         side.set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def papers() -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from minireuse.common.timing import median_ratio
 from minireuse.search.plan_files import read_plan
 
+from paper.plots import save
 from paper.study import GRIDS, Study, Way
 from paper.verdicts import UNCLEAR, Verdict, above, gain, spread, table
 
@@ -58,9 +59,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes.set(xlabel="measured time, as a share of the full sampler's", ylabel="PSNR to the full sampler's image, dB")
     if found["psnr"]:
         axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def papers() -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from paper.plots import save
 from paper.study import Study, Way
 from paper.verdicts import Verdict, judged, spread, table
 
@@ -34,9 +35,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes.boxplot(list(found["psnr"].values()))
     axes.set_xticklabels(list(found["psnr"]))
     axes.set_ylabel("PSNR to the image\nwith a float32 cache, dB")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def papers() -> list[str]:

@@ -15,6 +15,7 @@ from minireuse.search.phast import Rounds, SearchResult, improve
 from minireuse.search.plan_files import read_plan
 
 from paper import exhaustive
+from paper.plots import save
 from paper.study import GRIDS, REUSED, Study, Way
 from paper.verdicts import Verdict, gain, judged, spread, table
 
@@ -97,9 +98,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.plot(row["tried"], np.subtract(found["best"], row["psnr"]), "os"[i], fillstyle="none", label=rule)
     axes.set(xlabel="plans scored", ylabel="dB below the best of all strategies")
     axes.legend(title="one mark for each prompt")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def papers() -> list[str]:

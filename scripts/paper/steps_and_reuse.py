@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from paper.plots import save
 from paper.study import GRIDS, STEPS, Study, Way
 from paper.verdicts import PAPER, Verdict, gain, interval, judged, spread, table
 
@@ -82,9 +83,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("PSNR to the 20-step image, dB")
     panels[0].legend(title="latency, estimated")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def papers() -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from paper.plots import save
 from paper.prompts import renders, sets_of
 from paper.study import FEWER, SIBLING, Study, Way
 from paper.verdicts import PAPER, Verdict, above, gain, spread, table
@@ -83,9 +84,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes.tick_params(axis="x", labelsize="small", rotation=20)
     axes.set_ylabel("PSNR to the full sampler's image, dB")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def papers() -> list[str]:

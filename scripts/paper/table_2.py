@@ -11,6 +11,7 @@ import numpy as np
 
 from minireuse.common.timing import median_ratio
 
+from paper.plots import save
 from paper.study import DISTILLED, FEWER, OWN, STEPS, Study, Way
 from paper.verdicts import PAPER, Verdict, above, all_of, gain, judged, spread, table
 
@@ -91,9 +92,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     panels[0][0].set_ylabel(f"PSNR to the image of {STEPS} steps, dB")
     marks = "round: DDIM, square: DPM++\nfilled: maps written out,\nopen: fused kernel"
     panels[0][-1].legend(title=marks, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def papers() -> list[str]:

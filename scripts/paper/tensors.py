@@ -11,6 +11,7 @@ import numpy as np
 from minireuse.common.timing import median_ratio
 from minireuse.policies import hurry, interval, select
 
+from paper.plots import save
 from paper.study import REUSED, STEPS, Study, Way
 from paper.verdicts import Verdict, gain, judged, spread, table
 from paper.verdicts import interval as ends
@@ -85,9 +86,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("PSNR to the full sampler's image, dB")
     panels[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def papers() -> list[str]:

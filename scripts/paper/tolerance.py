@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from paper.plots import save
 from paper.study import OWN, REUSED, TUNED_FIXED, TUNED_RANDOM, Study, Way
 from paper.verdicts import UNCLEAR, Verdict, above, gain, spread, table
 
@@ -68,9 +69,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     panels[0].set_ylabel("PSNR, dB")
     panels[0].legend(loc="lower right")
     panels[0].margins(y=0.1)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def papers() -> list[str]:
